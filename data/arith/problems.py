@@ -1,0 +1,170 @@
+"""Arithmetic problems and their solutions, written one rewriting a line.
+
+A problem is a sum of terms (`37+48-6*9`). A solution rewrites the sum line by line until one
+number is left, and names it behind `#`:
+
+    37+48-25
+    =70+15-25      tens and ones regrouped
+    =70-10         the last two terms first
+    =60
+    #60
+
+Most sums have many valid solutions: which pair comes first, whether a pair is regrouped or added
+outright, and which factor of a product is split are all free. Those choices are where a model that
+learned from many solutions is uncertain, so they are the steps that mining should find.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Term:
+    """`sign * left * right`; `right` is 1 for a plain number."""
+
+    sign: int
+    left: int
+    right: int = 1
+
+    @property
+    def value(self) -> int:
+        return self.sign * self.left * self.right
+
+    @property
+    def is_product(self) -> bool:
+        return self.right != 1
+
+
+def number(value: int) -> Term:
+    return Term(1 if value >= 0 else -1, abs(value))
+
+
+def written(terms: list[Term]) -> str:
+    text = ""
+    for term in terms:
+        sign = "-" if term.sign < 0 else ("+" if text else "")
+        text += sign + (f"{term.left}*{term.right}" if term.is_product else str(term.left))
+    return text
+
+
+def problem(rng: random.Random) -> list[Term]:
+    """A sum of one to five terms, a few of them products, whose value is not negative."""
+    while True:
+        kind = rng.random()
+        if kind < 0.06:
+            terms = [Term(1, rng.randint(11, 39), rng.randint(11, 39))]
+        elif kind < 0.20:
+            terms = [Term(1, rng.randint(11, 49), rng.randint(2, 9))]
+            if rng.random() < 0.5:
+                terms.append(Term(rng.choice([1, -1]), _regroupable(rng)))
+        elif kind < 0.35:
+            terms = [Term(1, _regroupable(rng)), Term(rng.choice([1, 1, -1]), _regroupable(rng))]
+        else:
+            num_terms = rng.choices([3, 4, 5], [6, 3, 1])[0]
+            terms = [Term(1, _regroupable(rng)), *(_random_term(rng) for _ in range(num_terms - 1))]
+        if sum(term.value for term in terms) >= 0:
+            return terms
+
+
+def _random_term(rng: random.Random) -> Term:
+    sign = rng.choice([1, 1, -1])
+    if rng.random() < 0.06:
+        return Term(sign, rng.randint(2, 9), rng.randint(2, 9))
+    return Term(sign, rng.randint(2, 9) if rng.random() < 0.3 else rng.randint(10, 69))
+
+
+def _regroupable(rng: random.Random) -> int:
+    """A number with tens and ones, so that even a sum of two has more than one solution."""
+    return rng.randint(1, 6) * 10 + rng.randint(1, 9)
+
+
+def solution(terms: list[Term], rng: random.Random) -> str:
+    """One of the valid solutions, chosen at random, ending in a line `#<integer>`."""
+    lines = []
+    while len(terms) > 1 or terms[0].is_product:
+        terms = _rewrite(terms, rng)
+        lines.append("=" + written(terms))
+    return "\n".join([*lines, f"#{terms[0].value}"])
+
+
+def _rewrite(terms: list[Term], rng: random.Random) -> list[Term]:
+    products = [i for i, term in enumerate(terms) if term.is_product]
+    # Products usually come first: a product that is not split stays in every later line.
+    if products and (len(products) == len(terms) or rng.random() < 0.8):
+        i = rng.choice(products)
+        return [*terms[:i], *_expand(terms[i], rng), *terms[i + 1 :]]
+    plain = [i for i, term in enumerate(terms) if not term.is_product]
+    if len(plain) < 2:
+        i = products[0]
+        return [*terms[:i], *_expand(terms[i], rng), *terms[i + 1 :]]
+    first, second = _pair(terms, plain, rng)
+    merged = _merge(terms[first], terms[second], rng)
+    rest = [*terms[:first], *merged, *terms[first + 1 : second], *terms[second + 1 :]]
+    return [term for term in rest if term.value != 0] or [number(0)]
+
+
+def _pair(terms: list[Term], plain: list[int], rng: random.Random) -> tuple[int, int]:
+    """Which two numbers to merge: the first that fit half of the time, else any that fit.
+
+    Those fit whose sum is not negative and that stand in the order of a sum or difference; only where
+    none do, a pair with a negative sum is taken.
+    """
+    pairs = [(i, j) for n, i in enumerate(plain) for j in plain[n + 1 :]]
+    fitting = [(i, j) for i, j in pairs if terms[i].sign > 0 and terms[i].value + terms[j].value >= 0]
+    choices = fitting or pairs
+    return choices[0] if rng.random() < 0.5 else rng.choice(choices)
+
+
+def _expand(term: Term, rng: random.Random) -> list[Term]:
+    """A product becomes a number, or two products with one factor split into tens and ones."""
+    small, large = sorted([term.left, term.right])
+    if small < 10 and (large < 12 or large % 10 == 0):
+        return [Term(term.sign, small * large)]
+    if small < 10 and rng.random() < 0.3:
+        return [Term(term.sign, small * large)]
+    if small % 10 == 0 and large % 10 == 0:
+        return [Term(term.sign, small * large)]
+    split_left = (
+        term.right < 10 or term.right % 10 == 0 or (term.left > 10 and term.left % 10 and rng.random() < 0.5)
+    )
+    if split_left:
+        tens, ones = term.left // 10 * 10, term.left % 10
+        return [Term(term.sign, tens, term.right), Term(term.sign, ones, term.right)]
+    tens, ones = term.right // 10 * 10, term.right % 10
+    return [Term(term.sign, term.left, tens), Term(term.sign, term.left, ones)]
+
+
+def _merge(a: Term, b: Term, rng: random.Random) -> list[Term]:
+    """Two numbers become their sum, or the sum of their tens and the sum of their ones."""
+    if min(a.left, b.left) >= 10 and a.left % 10 and b.left % 10 and rng.random() < 0.5:
+        tens = a.sign * (a.left // 10 * 10) + b.sign * (b.left // 10 * 10)
+        ones = a.sign * (a.left % 10) + b.sign * (b.left % 10)
+        parts = [number(part) for part in (tens, ones) if part]
+        if len(parts) == 2:
+            return parts
+    return [number(a.value + b.value)]
+
+
+def problems(seed: int, skip: frozenset[str] = frozenset()) -> Iterator[list[Term]]:
+    """An endless stream of problems whose text is not in `skip`."""
+    rng = random.Random(seed)
+    while True:
+        terms = problem(rng)
+        if written(terms) not in skip:
+            yield terms
+
+
+def write_prompts(path: Path, seed: int, count: int) -> None:
+    """`count` different problems as `{"prompt", "ground_truth"}` lines."""
+    lines: dict[str, str] = {}
+    for terms in problems(seed):
+        answer = str(sum(term.value for term in terms))
+        lines.setdefault(written(terms), json.dumps({"prompt": written(terms), "ground_truth": answer}))
+        if len(lines) == count:
+            break
+    path.write_text("\n".join(lines.values()) + "\n")

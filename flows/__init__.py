@@ -1,0 +1,1 @@
+"""Prefect flows, the tasks they are made of, and the command line."""

@@ -1,0 +1,101 @@
+"""One night: generate, verify, commit, mine, export, train on, report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from prefect import flow, runtime
+
+from flows import tasks
+from flows.progress import bar, console
+from pipeline.config import NightlyConfig
+from pipeline.errors import BusyError
+from pipeline.ingest import Ingested
+from pipeline.runs import facts, update_facts
+
+
+@dataclass(frozen=True)
+class NightlyResult:
+    """What a night did.
+
+    Attributes:
+        generated: rollouts this call generated and committed; 0 when all were there.
+    """
+
+    run_id: str
+    night: str
+    model: str
+    resumed: bool
+    generated: int
+    refused: int
+    mining: dict[str, Any]
+    shards: str
+    export_dropped: dict[str, int]
+    training: dict[str, Any]
+    report: str
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def flow_run_name() -> str:
+    """`nightly 2026-05-31 arith`: the night and the model, as the config has them."""
+    config = NightlyConfig.model_validate(runtime.flow_run.parameters["config"])
+    night = config.night or runtime.flow_run.scheduled_start_time.date()
+    return f"nightly {night} {config.model}"
+
+
+@flow(name="nightly", flow_run_name=flow_run_name, persist_result=False)
+def nightly(config: NightlyConfig, lake: Path) -> NightlyResult:
+    """Generate, verify, commit, mine, export, train on and report one night of rollouts."""
+    lock = _one_night_at_a_time(config, lake)
+    try:
+        run = tasks.open_run(config, lake)
+        done = Ingested()
+        batches = tasks.missing_batches(run)
+        with bar("generating", len(batches)) as update:
+            for number, prompt_ids in enumerate(batches, start=1):
+                done += tasks.commit(run, tasks.verify(run, tasks.generate(run, prompt_ids)))
+                update(number)
+        mined = tasks.mine(run)
+        exported = tasks.export(run, mined)
+        training = tasks.train(run, exported)
+        report = tasks.report(run, mined, training)
+        update_facts(run, done=True)
+        result = NightlyResult(
+            run_id=run.run_id,
+            night=run.night.isoformat(),
+            model=config.model,
+            resumed=run.resumed,
+            generated=done.written,
+            refused=done.refused,
+            mining=mined.as_dict(),
+            shards=str(exported.folder),
+            export_dropped=dict(exported.dropped),
+            training=training,
+            report=str(report),
+            facts=facts(run),
+        )
+        tasks.publish(run, mined, result.__dict__)
+        return result
+    finally:
+        lock.release()
+
+
+def _one_night_at_a_time(config: NightlyConfig, lake: Path) -> FileLock:
+    """Waits for a night that runs on the same lake, or refuses, as `on_overlap` says."""
+    from pipeline.lake import Lake
+
+    folder = Lake.create(lake).folder
+    lock = FileLock(folder / "nightly.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if config.on_overlap == "refuse":
+            raise BusyError(
+                f"Another night is running on the lake in {folder}. Wait for it, or set on_overlap = \"wait\"."
+            ) from None
+        console.print(f"Another night is running on the lake in {folder}; waiting for it.")
+        lock.acquire()
+    return lock

@@ -1,0 +1,65 @@
+"""Command-line options made from the config models, so that neither can know what the other does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+import click
+from pydantic import BaseModel
+
+from pipeline.config import DEFAULT_LAKE
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def section_options(model: type[BaseModel]) -> Callable[[F], F]:
+    """One option for each field of a config section: `clips_per_group` becomes `--clips-per-group`."""
+
+    def decorate(function: F) -> F:
+        for name, info in reversed(model.model_fields.items()):
+            kind = _plain_type(info.annotation)
+            flag = "--" + name.replace("_", "-")
+            default = "" if info.default is None else f" [{info.default}]"
+            text = f"{info.description}{default if kind is not bool else ''}"
+            if kind is bool:
+                function = click.option(flag, name, is_flag=True, default=None, help=text)(function)
+            else:
+                function = click.option(flag, name, type=_click_type(kind), default=None, help=text)(function)
+        return function
+
+    return decorate
+
+
+def _plain_type(annotation: Any) -> Any:
+    """`int | None` without the None."""
+    if get_origin(annotation) in (Union, type(int | None)):
+        return next(part for part in get_args(annotation) if part is not type(None))
+    return annotation
+
+
+def _click_type(kind: Any) -> Any:
+    if get_origin(kind) is Literal:
+        return click.Choice([str(choice) for choice in get_args(kind)])
+    return click.Path(path_type=Path) if kind is Path else kind
+
+
+def common_options(function: F) -> F:
+    """`--lake` and `--config`, which every command has."""
+    lake = click.option(
+        "--lake",
+        envvar="ECHOMINE_LAKE",
+        type=click.Path(path_type=Path),
+        default=DEFAULT_LAKE,
+        show_default=True,
+        help="the lake's folder (or set ECHOMINE_LAKE)",
+    )
+    config = click.option("--config", type=click.Path(path_type=Path), help="a TOML file with settings")
+    return lake(config(function))
+
+
+def json_option(function: F) -> F:
+    return click.option("--json", "as_json", is_flag=True, help="print one JSON object on standard output")(
+        function
+    )

@@ -1,0 +1,112 @@
+"""The stages of a night as Prefect tasks, one line each. They pass ids and paths, never tables.
+
+A lost connection is tried again; a user's mistake or a fault of ours is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from prefect import Task, task
+from prefect.client.schemas.objects import State, TaskRun
+
+from flows import announce
+from flows.progress import training_progress
+from pipeline import mine as mining
+from pipeline import runs, shards
+from pipeline.config import NightlyConfig
+from pipeline.ingest import Ingested
+from pipeline.mine import Mining
+from pipeline.night_report import write_night_report
+from pipeline.runs import NightRun
+from pipeline.shards import Export
+from trainer.night import train_on_shards
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+TRANSIENT = (ConnectionError, TimeoutError)
+
+
+async def is_transient(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
+    """Whether trying again can help."""
+    return isinstance(await state.aresult(raise_on_failure=False), TRANSIENT)
+
+
+def stage(name: str) -> Callable[[Callable[P, R]], Task[P, R]]:
+    """A task of a night: named after its stage, tried again after 2, 10 and 60 s if what failed may pass."""
+    return task(
+        name=name,
+        retries=3,
+        retry_delay_seconds=[2, 10, 60],
+        retry_condition_fn=is_transient,
+        persist_result=False,
+    )
+
+
+@stage("open run")
+def open_run(config: NightlyConfig, lake: Path) -> NightRun:
+    return runs.open_run(config, lake)
+
+
+@stage("find missing groups")
+def missing_batches(run: NightRun) -> list[list[str]]:
+    return runs.missing_batches(run)
+
+
+@stage("generate")
+def generate(run: NightRun, prompt_ids: list[str]) -> Path:
+    return runs.generate(run, prompt_ids)
+
+
+@stage("verify")
+def verify(run: NightRun, staged: Path) -> Path:
+    return runs.verify(run, staged)
+
+
+@stage("commit")
+def commit(run: NightRun, judged: Path) -> Ingested:
+    return runs.commit(run, judged)
+
+
+@stage("mine")
+def mine(run: NightRun) -> Mining:
+    return mining.mine(run.lake(), run.config.mining, run_id=run.run_id)
+
+
+@stage("export")
+def export(run: NightRun, mined: Mining) -> Export:
+    return shards.export_shards(run.lake(), run.lake_folder / "shards", run.config.export, mined.mining_id)
+
+
+@stage("train")
+def train(run: NightRun, exported: Export) -> dict[str, Any]:
+    config = run.config
+    with training_progress(config.train.optim_steps) as progress:
+        return train_on_shards(
+            run.lake(),
+            run.record,
+            run.model_folder,
+            config.model,
+            run.prompts(),
+            exported.folder,
+            config.train,
+            config.sampling,
+            config.engine,
+            config.verify,
+            config.mining,
+            progress,
+        )
+
+
+@stage("report")
+def report(run: NightRun, mined: Mining, training: dict[str, Any]) -> Path:
+    runs.update_facts(run, mining_id=mined.mining_id, training_id=training["training_id"])
+    return write_night_report(run.lake(), run.run_id)
+
+
+@stage("announce")
+def publish(run: NightRun, mined: Mining, summary: dict[str, Any]) -> None:
+    announce.publish(run, mined, summary)

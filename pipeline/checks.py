@@ -1,0 +1,30 @@
+"""Is the lake sound? Each file of `sql/checks/` selects the rows that should not be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.lake import Reader
+from pipeline.sqlfiles import SQL_FOLDER, sql_file
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """What one check found.
+
+    Attributes:
+        name: the check's file in `sql/checks/`, without its suffix.
+        num_offending: rows that should not be; 0 in a sound lake.
+    """
+
+    name: str
+    num_offending: int
+
+
+def run_checks(reader: Reader) -> list[CheckResult]:
+    """Runs every check on the reader's snapshot, in the order of their names.
+
+    To see the rows that offend, run the check's file: `echomine sql "$(cat sql/checks/<name>.sql)"`.
+    """
+    names = sorted(path.stem for path in (SQL_FOLDER / "checks").glob("*.sql"))
+    return [CheckResult(name, reader.table(sql_file(f"checks/{name}")).num_rows) for name in names]

@@ -1,0 +1,200 @@
+"""Every setting, with its default and its meaning; read from TOML, overridden by the command line.
+
+Each section is what one stage takes, so a stage never sees another's settings. Unknown keys are
+refused with the nearest valid name. `docs/config.md` and the README's table are generated from here.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from datetime import date
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipeline.errors import ConfigError, nearest
+
+DEFAULT_LAKE = Path("data/lake")
+ARITH_PROMPTS = "data/arith/prompts.jsonl"
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class SamplingConfig(Section):
+    group_size: int = Field(8, ge=1, description="rollouts per prompt")
+    temperature: float = Field(1.0, gt=0, description="sampling temperature")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus mass that is sampled from; 1 keeps all")
+    top_k: int = Field(0, ge=0, description="most likely tokens that are sampled from; 0 keeps all")
+    max_tokens: int = Field(256, ge=1, description="completion tokens at most")
+    seed: int = Field(0, ge=0, description="decides, with group and sample, each sample's noise")
+
+
+class EngineConfig(Section):
+    kind: Literal["transformers"] = Field("transformers", description="what samples the rollouts")
+    batch_rollouts: int = Field(512, ge=1, description="rollouts sampled at once; a commit holds as many")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the weights; auto: bfloat16 on CUDA, float32 on CPU"
+    )
+    entropy_kind: Literal["full_vocab", "full_vocab_tempered"] = Field(
+        "full_vocab", description="entropy at temperature 1, or of the tempered distribution"
+    )
+
+
+class VerifyConfig(Section):
+    verifier: str = Field(
+        "exact", description="exact, math, reasoning_gym, or module:function of your own"
+    )
+    timeout_seconds: float = Field(10.0, gt=0, description="a verifier that takes longer is killed")
+    workers: int = Field(2, ge=1, description="verifier processes")
+
+
+class MiningConfig(Section):
+    scope: Literal["zero_advantage", "any_success"] = Field(
+        "zero_advantage", description="mine all_success groups only, or every group with a success"
+    )
+    clips_per_group: int = Field(1, ge=1, description="clips a group yields at most")
+    min_step_tokens: int = Field(1, ge=1, description="shorter steps are no candidates")
+    max_clip_tokens: int | None = Field(None, ge=1, description="a clip ends within so many tokens")
+    min_step_entropy: float = Field(0.0, ge=0, description="nats; clips whose step is surer are dropped")
+    allow_truncated: bool = Field(False, description="rollouts cut off by max_tokens count as successes")
+    allow_partial: bool = Field(False, description="groups that lost rollouts are classed all the same")
+    min_group_size: int = Field(2, ge=1, description="smaller groups are incomplete")
+    max_policy_lag: int | None = Field(None, ge=0, description="optimizer steps a clip may be behind")
+    policy_version: int | None = Field(
+        None, ge=0, description="what lag counts from; default: the model's greatest in the snapshot"
+    )
+    max_clips: int | None = Field(None, ge=0, description="clips kept in all")
+    max_clips_per_prompt: int | None = Field(None, ge=0, description="clips kept of one prompt")
+    success_reward: float = Field(1.0, description="the reward of a success")
+    fail_reward: float = Field(0.0, description="the reward of a failure")
+    reward_tolerance: float = Field(1e-6, ge=0, description="rewards this close are equal")
+    entropy_kind: Literal["full_vocab", "full_vocab_tempered", "rescored"] | None = Field(
+        None, description="which kind to rank, where the lake holds several"
+    )
+
+
+class ExportConfig(Section):
+    exclude_prompts: Path | None = Field(
+        None, description="prompt file (or prompt ids, one a line) whose clips are kept out"
+    )
+    max_tokens: int | None = Field(None, ge=1, description="longer prompt + clip is dropped")
+    clips_per_shard: int = Field(4096, ge=1, description="clips in one Parquet file")
+
+
+class TrainConfig(Section):
+    optim_steps: int = Field(4, ge=0, description="optimizer steps; 0 skips training")
+    prompts_per_step: int = Field(8, ge=1, description="on-policy groups in a step")
+    group_size: int = Field(8, ge=2, description="on-policy rollouts per prompt")
+    clips_per_step: int = Field(16, ge=0, description="EchoClips in a step")
+    echo_weight: float = Field(1e-3, ge=0, description="λ, the weight of the EchoClip term")
+    lr: float = Field(2e-5, gt=0, description="AdamW learning rate")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
+    clip_low: float = Field(0.2, gt=0, lt=1, description="GRPO ratio clip below 1")
+    clip_high: float = Field(0.2, gt=0, description="GRPO ratio clip above 1")
+    scale_rewards: bool = Field(True, description="divide advantages by the group's deviation")
+    batch_tokens: int = Field(16384, ge=1, description="padded tokens in one forward pass")
+    seed: int = Field(0, ge=0, description="order of prompts and clips, and on-policy noise")
+
+
+class NightlyConfig(Section):
+    model: str = Field("arith", description="arith, smollm2, or a Hugging Face model folder")
+    prompts: str = Field(
+        ARITH_PROMPTS, description="Parquet or JSONL file, or reasoning_gym:<task>?size=N&…"
+    )
+    max_prompts: int | None = Field(None, ge=1, description="only the first N prompts")
+    night: date | None = Field(None, description="the night's date; default: today in UTC")
+    on_overlap: Literal["wait", "refuse"] = Field(
+        "wait", description="what a night does while another one runs on the same lake"
+    )
+    sampling: SamplingConfig = Field(default_factory=SamplingConfig)
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    verify: VerifyConfig = Field(default_factory=VerifyConfig)
+    mining: MiningConfig = Field(default_factory=MiningConfig)
+    export: ExportConfig = Field(default_factory=ExportConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+
+
+ConfigT = TypeVar("ConfigT", bound=Section)
+
+
+def load_config(path: Path | None, overrides: dict[str, Any] | None = None) -> NightlyConfig:
+    """The configuration of a TOML file (or the defaults), with overrides on top.
+
+    Args:
+        overrides: nested like the file; the command line's options. None values are left out.
+
+    Raises:
+        ConfigError: no such file, not TOML, an unknown key, or a value out of range.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"There is no config file {path}. Check --config.") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+            raise ConfigError(f"{path} is no readable TOML: {error}. Mend it there.") from None
+    return validated(NightlyConfig, _merged(values, overrides or {}), where=str(path or "the options"))
+
+
+def validated(model: type[ConfigT], values: dict[str, Any], where: str) -> ConfigT:
+    """`values` as a section, or a ConfigError that names the first bad key and the cure."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            known = _keys_at(model, first["loc"][:-1])
+            raise ConfigError(
+                f"Unknown config key `{key}` in {where}: {nearest(str(first['loc'][-1]), known)}"
+            ) from None
+        raise ConfigError(
+            f"Config key `{key}` in {where} is {first['input']!r}: {first['msg']}. Give a valid value."
+        ) from None
+
+
+def _merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        if isinstance(value, dict):
+            below = merged.get(key, {})
+            merged[key] = _merged(below if isinstance(below, dict) else {}, value)
+        elif value is not None:
+            merged[key] = value
+    return merged
+
+
+def _keys_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    for part in location:
+        model = section_type(model, str(part)) or model
+    return list(model.model_fields)
+
+
+def section_type(model: type[BaseModel], key: str) -> type[Section] | None:
+    """The section that a key of `model` holds, or None if the key holds a value."""
+    annotation = model.model_fields[key].annotation
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, Section):
+            return candidate
+    return None
+
+
+def config_keys(model: type[BaseModel] = NightlyConfig, prefix: str = "") -> list[tuple[str, str, str]]:
+    """Every key as (dotted name, default, meaning), in the order of the sections."""
+    rows: list[tuple[str, str, str]] = []
+    for name, info in model.model_fields.items():
+        below = section_type(model, name)
+        if below is not None:
+            rows += config_keys(below, f"{prefix}{name}.")
+            continue
+        default = "none" if info.default is None else str(info.default).lower() if isinstance(
+            info.default, bool
+        ) else str(info.default)
+        rows.append((f"{prefix}{name}", default, info.description or ""))
+    return rows

@@ -1,0 +1,394 @@
+"""The rollout lake: plain Parquet files plus a SQL catalog (DuckLake), versioned and transactional.
+
+    lake/catalog.sqlite   the catalog
+    lake/files/           data files
+    lake/runs/            what nights leave behind: reports, metrics, checkpoints, shards
+
+Writers of one machine take turns (a file lock around each commit); readers never wait and never see
+half a commit. Every commit is a snapshot that can be queried again.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import duckdb
+import pyarrow as pa
+from duckdb_extensions import import_extension
+from filelock import FileLock
+
+from pipeline import schema
+from pipeline.errors import LakeError, QueryError
+from pipeline.hashing import file_sha256
+from pipeline.parquet import write_data_file
+from pipeline.query import Selection, refuse_all_but_reading
+from pipeline.sqlfiles import macros, params_of, views
+
+# Fewer rows are kept in the catalog itself (DuckLake's data inlining) instead of a tiny file each.
+INLINED_ROWS = 1000
+BUSY_TIMEOUT_MS = 30_000
+RETRIES = 8
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class DamagedFile:
+    path: str
+    problem: str
+
+
+class Lake:
+    """One lake folder. Open with `Lake.create` to write, `Lake.open` to read or write an existing one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.catalog = folder / "catalog.sqlite"
+        self.files = folder / "files"
+        self._lock = FileLock(folder / "write.lock")
+
+    @classmethod
+    def open(cls, folder: Path) -> Lake:
+        """An existing lake.
+
+        Raises:
+            LakeError: there is none, it is damaged, or it was made by a newer EchoMine.
+        """
+        lake = cls(folder.absolute())
+        if not lake.catalog.is_file():
+            raise LakeError(
+                f"There is no lake in {folder}. Give its folder with --lake or ECHOMINE_LAKE, "
+                "or make one with `echomine nightly` or `echomine import`."
+            )
+        with lake.reader() as reader:
+            version = int(reader.rows("select value from meta where key = 'schema_version'")[0]["value"])
+        if version > schema.SCHEMA_VERSION:
+            raise LakeError(
+                f"The lake in {folder} has schema {version}, this EchoMine knows {schema.SCHEMA_VERSION}. "
+                "Update EchoMine; nothing was changed."
+            )
+        return lake
+
+    @classmethod
+    def create(cls, folder: Path) -> Lake:
+        """The lake in `folder`, made if there is none yet."""
+        lake = cls(folder.absolute())
+        try:
+            lake.files.mkdir(parents=True, exist_ok=True)
+            with lake._lock:
+                if not lake.catalog.exists():
+                    lake._create_tables()
+        except OSError as error:
+            raise LakeError(
+                f"Cannot make or write a lake in {folder}: {error.strerror or error}. "
+                "Choose another folder with --lake, or mend its permissions."
+            ) from error
+        return cls.open(folder)
+
+    def _create_tables(self) -> None:
+        # Built under another name, so that a crash leaves no half-made catalog behind.
+        building = self.catalog.with_name(f"building-{uuid.uuid4().hex}.sqlite")
+        connection = _connect()
+        _attach(connection, building, self.files, "meta_journal_mode 'wal'")
+        connection.execute("begin")
+        for table in schema.TABLES:
+            connection.execute(schema.ddl(table))
+        connection.execute("insert into meta values ('schema_version', ?)", [str(schema.SCHEMA_VERSION)])
+        connection.execute("commit")
+        connection.execute(f"call ducklake_set_option('lake', 'data_inlining_row_limit', '{INLINED_ROWS}')")
+        connection.close()
+        for leftover in building.parent.glob(f"{building.name}-*"):
+            leftover.unlink()
+        building.rename(self.catalog)
+
+    @contextmanager
+    def reader(self, snapshot: int | None = None) -> Iterator[Reader]:
+        """A read-only session on one snapshot (the newest by default), with macros and views.
+
+        Raises:
+            LakeError: no such snapshot, or the catalog cannot be read.
+        """
+        connection = _connect()
+        try:
+            if snapshot is None:
+                snapshot = _retried(lambda: _newest_snapshot(connection, self.catalog))
+            _retried(lambda: _attach(connection, self.catalog, None, "read_only", snapshot))
+            yield Reader(connection, self, snapshot)
+        except duckdb.Error as error:
+            raise self._readable(error, snapshot) from error
+        finally:
+            connection.close()
+
+    def _readable(self, error: duckdb.Error, snapshot: int | None) -> Exception:
+        """DuckDB's error as one of ours, where the user can do something about it."""
+        text = str(error)
+        if "No snapshot found" in text:
+            return LakeError(
+                f"The lake in {self.folder} has no snapshot {snapshot}. "
+                "See `echomine sql \"from snapshots\"` for those it has."
+            )
+        if isinstance(error, duckdb.IOException) or "DuckLake metadata" in text:
+            return LakeError(
+                f"The lake in {self.folder} cannot be read: {text}. Run `echomine doctor` to see what is damaged."
+            )
+        return error
+
+    def commit(self, tables: Mapping[str, pa.Table]) -> dict[str, int]:
+        """Appends rows to several tables in one transaction; rows whose key is there already are left out.
+
+        Args:
+            tables: rows by table name, each of the table's Arrow schema.
+
+        Returns:
+            the number of new rows by table.
+
+        Raises:
+            LakeError: the lake cannot be written; then nothing of this commit is in it.
+        """
+        written: list[Path] = []
+        try:
+            with self._lock:
+                return _retried(lambda: self._commit_once(tables, written))
+        except (OSError, duckdb.Error) as error:
+            _remove(written)
+            raise LakeError(
+                f"Cannot write to the lake in {self.folder}: {error}. "
+                "Nothing of this commit was kept; mend that and run the command again."
+            ) from error
+        except BaseException:
+            _remove(written)
+            raise
+
+    def _commit_once(self, tables: Mapping[str, pa.Table], written: list[Path]) -> dict[str, int]:
+        connection = _connect()
+        try:
+            _attach(connection, self.catalog, None, "")
+            fresh = {name: _new_rows(connection, name, rows) for name, rows in tables.items()}
+            connection.execute("begin")
+            for name, rows in fresh.items():
+                if rows.num_rows > INLINED_ROWS or (name in ("rollouts", "echo_clips") and rows.num_rows):
+                    self._add_file(connection, name, rows, written)
+                elif rows.num_rows:
+                    _insert(connection, name, rows)
+            connection.execute("commit")
+            written.clear()
+            return {name: rows.num_rows for name, rows in fresh.items()}
+        finally:
+            connection.close()
+
+    def _add_file(
+        self, connection: duckdb.DuckDBPyConnection, name: str, rows: pa.Table, written: list[Path]
+    ) -> None:
+        path = self.files / "main" / name / f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:12]}.parquet"
+        written.append(path)
+        sha256 = write_data_file(rows, path)
+        connection.execute("call ducklake_add_data_files('lake', ?, ?)", [name, str(path)])
+        record = {
+            "path": str(path.relative_to(self.folder)),
+            "table_name": name,
+            "sha256": sha256,
+            "num_rows": rows.num_rows,
+            "created_at": datetime.now(UTC),
+        }
+        _insert(connection, "files", pa.Table.from_pylist([record], schema.FILES))
+
+    def delete_orphans(self, older_than: timedelta = timedelta(hours=1)) -> int:
+        """Deletes data files that no snapshot names: a writer was killed between file and commit.
+
+        Returns:
+            how many there were. Younger files stay: their commit may be under way.
+        """
+        connection = _connect()
+        try:
+            with self._lock:
+                _attach(connection, self.catalog, None, "")
+                deleted = connection.execute(
+                    "call ducklake_delete_orphaned_files('lake', older_than => ?)",
+                    [datetime.now(UTC) - older_than],
+                ).fetchall()
+            return len(deleted)
+        finally:
+            connection.close()
+
+    def damaged_files(self, reader: Reader, since_snapshot: int = -1) -> list[DamagedFile]:
+        """Data files added after `since_snapshot` that are missing or not as they were written."""
+        damaged = []
+        for row in reader.rows(
+            """
+            select files.path, files.sha256
+            from files
+            join __ducklake_metadata_lake.ducklake_data_file as data
+                on ends_with(files.path, parse_filename(data.path))
+            where data.begin_snapshot > $since and data.end_snapshot is null
+            order by files.path
+            """,
+            {"since": since_snapshot},
+        ):
+            path = self.folder / row["path"]
+            if not path.is_file():
+                damaged.append(DamagedFile(row["path"], "is missing"))
+            elif file_sha256(path) != row["sha256"]:
+                damaged.append(DamagedFile(row["path"], "is not as it was written (its SHA-256 differs)"))
+        return damaged
+
+
+class Reader:
+    """A read-only session pinned to one snapshot; `rollouts`, `groups`, … are plain relation names in it."""
+
+    def __init__(self, connection: duckdb.DuckDBPyConnection, lake: Lake, snapshot: int) -> None:
+        self.connection = connection
+        self.lake = lake
+        self.snapshot = snapshot
+        for statement in (*macros(), *views()):
+            connection.execute(statement)
+
+    def table(self, sql: str, params: Mapping[str, Any] | None = None) -> pa.Table:
+        """The result of a query; of `params`, those that the text names with `$` are bound."""
+        bound = {name: (params or {})[name] for name in params_of(sql)}
+        return self.connection.execute(sql, bound).to_arrow_table()
+
+    def rows(self, sql: str, params: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = self.table(sql, params).to_pylist()
+        return rows
+
+    def materialize(self, name: str, sql: str, params: Mapping[str, Any]) -> None:
+        """Keeps a query's result as the temporary relation `name` for the queries that build on it."""
+        bound = {param: params[param] for param in params_of(sql)}
+        self.connection.execute(f'create or replace temp table "{name}" as {sql}', bound)
+
+    def materialize_rows(self, name: str, rows: pa.Table) -> None:
+        """Keeps Arrow rows as the temporary relation `name`."""
+        self.connection.register("incoming", rows)
+        self.connection.execute(f'create or replace temp table "{name}" as from incoming')
+        self.connection.unregister("incoming")
+
+    def data_snapshot(self) -> int:
+        """The snapshot of the last change to `rollouts`: what a mining of this session really mines."""
+        return int(
+            self.rows(
+                """
+                select coalesce(max(data.begin_snapshot), 0) as snapshot
+                from __ducklake_metadata_lake.ducklake_data_file as data
+                join __ducklake_metadata_lake.ducklake_table as tables using (table_id)
+                where tables.table_name = 'rollouts' and data.begin_snapshot <= $snapshot
+                """,
+                {"snapshot": self.snapshot},
+            )[0]["snapshot"]
+        )
+
+    def touched_groups(self, since_snapshot: int) -> pa.Table:
+        """[group_id] of the groups that got rollouts after `since_snapshot`."""
+        if since_snapshot >= self.snapshot:
+            return pa.table({"group_id": pa.array([], pa.string())})
+        return self.table(
+            "select distinct group_id from ducklake_table_insertions('lake', 'main', 'rollouts', $a, $b)",
+            {"a": since_snapshot + 1, "b": self.snapshot},
+        )
+
+    def select(self, sql: str) -> Selection:
+        """Runs a user's query: reading only, nothing beyond this lake's folder.
+
+        Raises:
+            QueryError: it is wrong, would write, or reaches for other files.
+        """
+        refuse_all_but_reading(self.connection, sql)
+        self.connection.execute(f"set allowed_directories = ['{_quoted(self.lake.files)}/']")
+        self.connection.execute("set enable_external_access = false; set lock_configuration = true")
+        try:
+            result = self.connection.execute(sql)
+            return Selection([column[0] for column in result.description], result.to_arrow_table())
+        except duckdb.Error as error:
+            raise QueryError(f"The query failed: {error}") from error
+
+
+def _connect() -> duckdb.DuckDBPyConnection:
+    connection = duckdb.connect(config={"autoinstall_known_extensions": False})
+    for extension in ("ducklake", "sqlite"):
+        import_extension(extension, con=connection)  # from the installed package, never from the network
+        connection.execute(f"load {extension}")
+    connection.execute("set timezone = 'UTC'; set enable_progress_bar = false")
+    return connection
+
+
+def _attach(
+    connection: duckdb.DuckDBPyConnection,
+    catalog: Path,
+    data_path: Path | None,
+    options: str,
+    snapshot: int | None = None,
+) -> None:
+    # ATTACH takes no bound parameters: paths are quoted, numbers are formatted as integers.
+    settings = [f"meta_busy_timeout {BUSY_TIMEOUT_MS}"]
+    if data_path is not None:
+        settings.append(f"data_path '{_quoted(data_path)}/'")
+    if snapshot is not None:
+        settings.append(f"snapshot_version {int(snapshot)}")
+    if options:
+        settings.append(options)
+    connection.execute(f"attach 'ducklake:sqlite:{_quoted(catalog)}' as lake ({', '.join(settings)})")
+    connection.execute("use lake")
+
+
+def _newest_snapshot(connection: duckdb.DuckDBPyConnection, catalog: Path) -> int:
+    connection.execute("detach database if exists newest")
+    connection.execute(f"attach '{_quoted(catalog)}' as newest (type sqlite, read_only)")
+    row = connection.execute("select max(snapshot_id) from newest.ducklake_snapshot").fetchone()
+    connection.execute("detach newest")
+    assert row is not None
+    return int(row[0])
+
+
+def _quoted(path: Path) -> str:
+    return str(path).replace("'", "''")
+
+
+def _new_rows(connection: duckdb.DuckDBPyConnection, name: str, rows: pa.Table) -> pa.Table:
+    """The rows whose key is neither in the table nor earlier in `rows`."""
+    if not rows.num_rows:
+        return rows
+    keys = ", ".join(f'"{key}"' for key in schema.KEYS[name])
+    numbered = rows.select(list(schema.KEYS[name])).append_column("row", pa.array(range(rows.num_rows)))
+    connection.register("incoming", numbered)
+    same = " and ".join(f'held."{key}" is not distinct from incoming."{key}"' for key in schema.KEYS[name])
+    fresh = connection.execute(
+        f"""
+        select min("row") as "row" from incoming
+        where not exists (select 1 from "{name}" as held where {same})
+        group by {keys} order by 1
+        """
+    ).to_arrow_table()
+    connection.unregister("incoming")
+    return rows.take(fresh["row"])
+
+
+def _insert(connection: duckdb.DuckDBPyConnection, name: str, rows: pa.Table) -> None:
+    connection.register("incoming", rows)
+    connection.execute(f'insert into "{name}" by name from incoming')
+    connection.unregister("incoming")
+
+
+def _retried(action: Callable[[], Result]) -> Result:
+    """Runs `action` again, later and later, while another process holds the catalog."""
+    for attempt in range(RETRIES):
+        try:
+            return action()
+        except duckdb.Error as error:
+            busy = re.search(r"database is locked|conflict|busy", str(error), re.IGNORECASE)
+            if not busy or attempt == RETRIES - 1:
+                raise
+            time.sleep(0.05 * 2**attempt * (1 + random.random()))
+    raise AssertionError("unreachable")
+
+
+def _remove(paths: list[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)

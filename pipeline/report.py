@@ -1,0 +1,188 @@
+"""The report of one night: a single HTML file that opens without a network."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import jinja2
+import polars as pl
+import vl_convert
+from markupsafe import Markup
+
+from pipeline import report_charts as charts
+from pipeline.config import MiningConfig
+from pipeline.errors import LakeError, MiningError
+from pipeline.lake import Lake, Reader
+from pipeline.report_clips import NUM_SHADES, clip_views
+from pipeline.report_text import embedded_json, finalize, number, percent
+from pipeline.sqlfiles import sql_file
+
+TEMPLATES = Path(__file__).resolve().parent / "templates"
+LIMITS = {"num_bins": 20, "max_nights": 30, "max_versions": 30, "max_rollouts": 20_000, "max_reasons": 8}
+NUM_CLIPS = 20
+
+# Draws every specification of the page. `ast` keeps Vega from compiling code: the page forbids it.
+_DRAW = """
+for (const place of document.querySelectorAll(".chart")) {
+  const spec = JSON.parse(document.getElementById(place.dataset.spec).textContent);
+  window.vegaEmbed(place, spec, {mode: "vega-lite", renderer: "svg", actions: false, ast: true})
+    .catch((error) => { console.error(error); place.textContent = "This chart could not be drawn."; });
+}
+"""
+
+
+def write_report(
+    lake: Lake,
+    run_id: str,
+    mining_id: str,
+    tokenizer: Any,
+    path: Path,
+    timings: Mapping[str, float],
+    training: Mapping[str, Any] | None = None,
+) -> Path:
+    """Writes the report of a run and its mining, complete or not at all.
+
+    Args:
+        tokenizer: of the model that sampled; rollouts of another one are shown as token ids.
+        timings: seconds by stage; `generate_seconds` gives the tokens per second.
+        training: `metrics`: one mapping per optimizer step (optim_step, rl_loss, echo_loss, reward_mean,
+            grad_norm; any may be missing or None).
+
+    Returns:
+        `path`.
+
+    Raises:
+        LakeError: the lake holds no rollouts of the run, or `path` cannot be written.
+        MiningError: the lake holds no such mining.
+    """
+    with lake.reader() as reader:
+        mining = _mining(reader, mining_id)
+        params = LIMITS | mining["params"] | {
+            "run_id": run_id, "mining_id": mining_id, "num_clips": NUM_CLIPS
+        }  # fmt: skip
+        _classify(reader, params)
+        run = _run(reader, params)
+        params |= {"model": run["model"], "night": run["night"]}
+        clips = clip_views(reader.rows(sql_file("reports/best_clips"), params), tokenizer)
+        cards = _cards(reader, params)
+    metrics = list((training or {}).get("metrics") or [])
+    page = _page(
+        run=run,
+        mining=mining,
+        figures=_figures(run, mining, timings),
+        timings=timings,
+        cards=cards,
+        training=charts.training_charts(metrics),
+        clips=clips,
+        shades=range(NUM_SHADES + 1),
+    )
+    return _written(page, path)
+
+
+def _mining(reader: Reader, mining_id: str) -> dict[str, Any]:
+    """The mining's figures, and under `params` the settings that it classed groups with."""
+    rows = reader.rows(sql_file("reports/mining_figures"), {"mining_id": mining_id})
+    if not rows:
+        raise MiningError(
+            f"The lake in {reader.lake.folder} holds no mining {mining_id}. "
+            "See `echomine sql \"from mining_runs\"` for those it has."
+        )  # fmt: skip
+    recorded = json.loads(rows[0]["config"])
+    settings = MiningConfig(**{key: recorded[key] for key in MiningConfig.model_fields if key in recorded})
+    return rows[0] | {"params": settings.model_dump()}
+
+
+def _classify(reader: Reader, params: Mapping[str, Any]) -> None:
+    """Classes all groups of the lake by the rules of the mining: earlier nights are compared with this one."""
+    reader.materialize_rows("touched_groups", reader.touched_groups(reader.snapshot))
+    every_run = dict(params) | {"run_id": None, "incremental": False}
+    reader.materialize("group_classes", sql_file("mining/group_classes"), every_run)
+
+
+def _run(reader: Reader, params: Mapping[str, Any]) -> dict[str, Any]:
+    rows = reader.rows(sql_file("reports/run_figures"), params)
+    if not rows:
+        raise LakeError(
+            f"The lake in {reader.lake.folder} holds no rollouts of run {params['run_id']}. "
+            "See `echomine sql \"select distinct run_id from rollouts\"` for the runs it has."
+        )  # fmt: skip
+    return rows[0]
+
+
+def _figures(
+    run: Mapping[str, Any], mining: Mapping[str, Any], timings: Mapping[str, float]
+) -> list[tuple[str, str, str]]:
+    """(figure, name, meaning) of the row of key figures."""
+    seconds = timings.get("generate_seconds")
+    speed = run["num_tokens"] / seconds if seconds else None
+    untaught = percent(run["num_zero_advantage_tokens"], run["num_tokens"])
+    return [
+        (number(run["num_groups"]), "groups", f"{number(run['num_zero_advantage_groups'])} with zero advantage"),
+        (number(run["num_rollouts"]), "rollouts", ""),
+        (number(run["num_tokens"]), "tokens", "sampled in completions"),
+        (untaught, "tokens that taught nothing", "in groups with zero advantage"),
+        (number(mining["num_clips"]), "EchoClips", "mined from them"),
+        (number(speed), "tokens / s", "generated"),
+        (number(mining["clips_per_second"]), "clips / s", "mined"),
+    ]
+
+
+def _cards(reader: Reader, params: Mapping[str, Any]) -> list[charts.Chart]:
+    def frame(report: str) -> pl.DataFrame:
+        return pl.DataFrame(reader.table(sql_file(f"reports/{report}"), params))
+
+    return [
+        charts.classes_chart(
+            frame("classes_by_night"), "night", "night_share", "Group classes by night",
+            "Sampled groups of this model. Only mixed groups move the policy gradient.",
+        ),
+        charts.classes_chart(
+            frame("classes_by_version"), "policy_version", "version_share", "Group classes by policy version",
+            "Sampled and on-policy groups of this model, by the optimizer steps behind the weights.",
+        ),
+        charts.reward_chart(frame("reward_histogram")),
+        charts.profile_chart(frame("entropy_profile")),
+        charts.drops_chart(frame("drops")),
+    ]  # fmt: skip
+
+
+def _page(**values: Any) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        finalize=finalize,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "embedded_json": embedded_json}
+    vega_lite = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])  # "v6.4.1" is "6.4" to vl-convert
+    script = vl_convert.javascript_bundle(vl_version=vega_lite) + _DRAW
+    # A browser reads "\r\n" as "\n", and hashes what it read.
+    script = script.replace("\r\n", "\n").replace("</script", "<\\/script")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    page = environment.get_template("report.html")
+    return page.render(**values, script=Markup(script), script_hash=f"sha256-{digest}")
+
+
+def _written(page: str, path: Path) -> Path:
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(page.encode())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise LakeError(
+            f"Cannot write the report {path}: {error.strerror or error}. Free space or mend the permissions, "
+            "then run the command again."
+        ) from error
+    return path

@@ -1,0 +1,215 @@
+"""Rows of the table `rollouts`: made from sampled groups, checked, and given their steps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline import schema
+from pipeline.config import SamplingConfig
+from pipeline.hashing import rollout_id
+from pipeline.records import Group, Judgement, Policy, Prompt, Run, group_id
+from pipeline.steps import SPLITTER, StepSpanError, mean_step_entropies
+from pipeline.tokenization import completion_step_ends, completion_text
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What the rollouts of one commit have in common."""
+
+    run: Run
+    policy: Policy
+    sampling: SamplingConfig
+    logprobs_kind: str
+    entropy_kind: str
+    verifier: str
+    verifier_version: str
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A row that does not enter the lake, and why."""
+
+    reason: str
+    source: str
+    row: dict[str, Any]
+
+
+def rollout_rows(
+    sampled: Sampled, groups: Sequence[Group], judgements: Sequence[Sequence[Judgement]], tokenizer: Any
+) -> tuple[list[dict[str, Any]], list[Refused]]:
+    """The rows of finished groups. A sample whose verifier gave no reward is refused, alone.
+
+    Args:
+        judgements: one per sample, in the order of `groups` and their samples.
+    """
+    rows: list[dict[str, Any]] = []
+    refused: list[Refused] = []
+    now = datetime.now(UTC)
+    for group, judged in zip(groups, judgements, strict=True):
+        group_name = group_id(sampled.run.run_id, group.prompt.prompt_id, sampled.policy.policy_version)
+        for sample, judgement in zip(group.samples, judged, strict=True):
+            row = {
+                "group_id": group_name,
+                "prompt_id": group.prompt.prompt_id,
+                "run_id": sampled.run.run_id,
+                "night": sampled.run.night,
+                "origin": sampled.run.origin,
+                "model": sampled.policy.model,
+                "weights_hash": sampled.policy.weights_hash,
+                "tokenizer_hash": sampled.policy.tokenizer_hash,
+                "policy_version": sampled.policy.policy_version,
+                "sample_index": sample.sample_index,
+                "group_size": len(group.samples),
+                "seed": sample.seed,
+                "temperature": sampled.sampling.temperature,
+                "top_p": sampled.sampling.top_p,
+                "top_k": sampled.sampling.top_k,
+                "max_tokens": sampled.sampling.max_tokens,
+                "prompt_ids": group.prompt_ids,
+                "completion_ids": sample.completion_ids,
+                "completion": completion_text(tokenizer, sample.completion_ids.tolist()),
+                "completion_logprobs": sample.logprobs,
+                "logprobs_kind": None if sample.logprobs is None else sampled.logprobs_kind,
+                "completion_entropies": sample.entropies,
+                "entropy_kind": None if sample.entropies is None else sampled.entropy_kind,
+                "finish_reason": sample.finish_reason,
+                "reward": judgement.reward,
+                "reward_parts": list(judgement.parts.items()) or None,
+                "verifier": sampled.verifier,
+                "verifier_version": sampled.verifier_version,
+                "step_ends": completion_step_ends(tokenizer, sample.completion_ids.tolist()),
+                "splitter": SPLITTER,
+                "created_at": now,
+            }
+            if judgement.reward is None:
+                refused.append(Refused(f"the verifier {judgement.error}", sampled.run.run_id, row))
+            else:
+                rows.append(row)
+    return rows, refused
+
+
+def checked(
+    rows: Sequence[dict[str, Any]], sources: Sequence[str]
+) -> tuple[list[dict[str, Any]], list[Refused]]:
+    """Splits rows into those that may enter the lake and those that may not, with the reason."""
+    good: list[dict[str, Any]] = []
+    refused: list[Refused] = []
+    for row, source in zip(rows, sources, strict=True):
+        reason = _problem(row)
+        if reason:
+            refused.append(Refused(reason, source, row))
+        else:
+            good.append(row)
+    return good, refused
+
+
+def _problem(row: dict[str, Any]) -> str | None:
+    num_tokens = len(row["completion_ids"])
+    for name in ("completion_entropies", "completion_logprobs"):
+        values = row.get(name)
+        if values is None:
+            continue
+        if len(values) != num_tokens:
+            return f"{name} has {len(values)} values for {num_tokens} completion tokens"
+        array = np.asarray(values, dtype=np.float64)
+        if not np.isfinite(array).all():
+            return f"{name} holds NaN or infinite values"
+        if name == "completion_entropies" and (array < 0).any():
+            return "completion_entropies holds negative values"
+    reward = row.get("reward")
+    if reward is None:
+        return "the reward is missing"
+    if isinstance(reward, bool) or not isinstance(reward, int | float | np.number):
+        return f"the reward {reward!r} is no number"
+    if not np.isfinite(reward):
+        return f"the reward is {reward}"
+    return None
+
+
+def rollout_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
+    """Checked rows as a table of the lake's schema, with names and step entropies filled in.
+
+    Step entropies come from the entropies as stored (float32), so that anyone can compute them again.
+
+    Raises:
+        StepSpanError: step ends that do not cover their completion.
+    """
+    columns: dict[str, Any] = {field.name: [row.get(field.name) for row in rows] for field in schema.ROLLOUTS}
+    columns["rollout_id"] = [
+        rollout_id(row["group_id"], row["sample_index"], row["prompt_ids"], row["completion_ids"])
+        for row in rows
+    ]
+    columns["step_entropies"] = [_step_entropies(row) for row in rows]
+    return pa.table(
+        {field.name: pa.array(columns[field.name], field.type) for field in schema.ROLLOUTS}, schema.ROLLOUTS
+    )
+
+
+def _step_entropies(row: dict[str, Any]) -> Any:
+    num_tokens, ends = len(row["completion_ids"]), np.asarray(row["step_ends"], dtype=np.int32)
+    lengths = np.diff(ends, prepend=0)
+    if lengths.sum() != num_tokens or (lengths < 1).any():
+        raise StepSpanError(num_tokens, list(row["step_ends"]))
+    if row.get("completion_entropies") is None:
+        return None
+    entropies = np.asarray(row["completion_entropies"], dtype=np.float32)
+    return mean_step_entropies(entropies, ends, np.zeros(len(ends), dtype=np.int64))
+
+
+def quarantine_table(refused: Sequence[Refused]) -> pa.Table:
+    """Refused rows as the table `quarantine`; the row itself is kept as JSON."""
+    now = datetime.now(UTC)
+    return pa.Table.from_pylist(
+        [
+            {
+                "reason": item.reason,
+                "source": item.source,
+                "run_id": _text(item.row.get("run_id")),
+                "group_id": _text(item.row.get("group_id")),
+                "sample_index": _small_integer(item.row.get("sample_index")),
+                "row": json.dumps(
+                    {key: value for key, value in item.row.items() if key != "created_at"}, default=_plain
+                ),
+                "created_at": now,
+            }
+            for item in refused
+        ],
+        schema.QUARANTINE,
+    )
+
+
+def prompt_table(prompts: Sequence[Prompt]) -> pa.Table:
+    now = datetime.now(UTC)
+    return pa.Table.from_pylist(
+        [
+            {
+                "prompt_id": prompt.prompt_id,
+                "data_source": prompt.data_source,
+                "messages": json.dumps([dict(message) for message in prompt.messages], ensure_ascii=False),
+                "ground_truth": prompt.ground_truth,
+                "extra_info": json.dumps(dict(prompt.extra_info), ensure_ascii=False, default=str),
+                "created_at": now,
+            }
+            for prompt in prompts
+        ],
+        schema.PROMPTS,
+    )
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def _small_integer(value: Any) -> int | None:
+    return int(value) if isinstance(value, int | np.integer) and abs(int(value)) < 2**31 else None
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)

@@ -1,0 +1,223 @@
+"""One night's run: what it is called, what is left of it to do, and its stages up to the lake.
+
+A run is the hash of (night, weights, prompts, sampling). Killed at any point and started again, it goes on:
+a batch is in the lake, staged in its folder, or not yet generated.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import NightlyConfig
+from pipeline.engines.base import GroupRequest
+from pipeline.engines.transformers import TransformersEngine
+from pipeline.hashing import content_id
+from pipeline.ingest import Ingested, ingest
+from pipeline.lake import Lake
+from pipeline.models import load_model, model_folder, policy_of
+from pipeline.prompts import read_prompts
+from pipeline.records import Policy, Prompt, Run, group_id, sample_seed
+from pipeline.rewards import VerifierPool
+from pipeline.rollouts import Sampled, rollout_rows
+from pipeline.staging import is_judged, stage, staged
+from pipeline.tokenization import completion_text, load_tokenizer
+
+
+@dataclass(frozen=True)
+class NightRun:
+    """Ids and paths of a run; small enough to pass between tasks."""
+
+    run_id: str
+    night: date
+    lake_folder: Path
+    model_folder: Path
+    policy: Policy
+    config: NightlyConfig
+    resumed: bool
+
+    @property
+    def folder(self) -> Path:
+        return self.lake_folder / "runs" / self.run_id
+
+    @property
+    def record(self) -> Run:
+        return Run(self.run_id, self.night)
+
+    def prompts(self) -> list[Prompt]:
+        return list(_prompts(self.config.prompts, self.config.max_prompts))
+
+    def lake(self) -> Lake:
+        return Lake.open(self.lake_folder)
+
+
+def open_run(config: NightlyConfig, lake_folder: Path, today: date | None = None) -> NightRun:
+    """Tonight's run; or the one that was killed before it was done, under the night it began.
+
+    Args:
+        today: by default the date in UTC.
+
+    Raises:
+        EchoMineError: bad prompts, model or lake. Then nothing was written.
+    """
+    prompts = _prompts(config.prompts, config.max_prompts)
+    folder = model_folder(config.model)
+    policy = policy_of(folder, config.model, load_tokenizer(folder))
+    recipe = content_id(
+        policy.weights_hash,
+        [prompt.prompt_id for prompt in prompts],
+        config.sampling.model_dump(mode="json") | {"entropy_kind": config.engine.entropy_kind},
+    )
+    lake = Lake.create(lake_folder)
+    unfinished = None if config.night else _unfinished(lake.folder, recipe)
+    night = config.night or unfinished or today or datetime.now(UTC).date()
+    run_id = content_id(night.isoformat(), recipe)
+    run = NightRun(run_id, night, lake.folder, folder, policy, config, resumed=False)
+    known = (run.folder / "run.json").is_file()
+    if not known:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        update_facts(
+            run,
+            recipe=recipe,
+            night=night.isoformat(),
+            model=config.model,
+            model_folder=str(folder.absolute()),
+            done=False,
+        )
+    return NightRun(run_id, night, lake.folder, folder, policy, config, resumed=known)
+
+
+def _unfinished(lake_folder: Path, recipe: str) -> date | None:
+    """The newest night of this recipe that was begun and not done."""
+    nights = []
+    for path in (lake_folder / "runs").glob("*/run.json"):
+        facts = json.loads(path.read_text())
+        if facts.get("recipe") == recipe and not facts["done"]:
+            nights.append(date.fromisoformat(facts["night"]))
+    return max(nights, default=None)
+
+
+def facts(run: NightRun) -> dict[str, Any]:
+    """What the run has noted of itself: its recipe, night, seconds spent, whether it is done."""
+    path = run.folder / "run.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def update_facts(run: NightRun, **new: Any) -> None:
+    path = run.folder / "run.json"
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(facts(run) | new, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+def missing_batches(run: NightRun) -> list[list[str]]:
+    """Prompt ids of the groups that are not in the lake, in batches.
+
+    Batches are cut from the whole list of prompts, so that a resumed night samples the same batches.
+    """
+    done = _finished_groups(run)
+    per_batch = max(1, run.config.engine.batch_rollouts // run.config.sampling.group_size)
+    ids = [prompt.prompt_id for prompt in run.prompts()]
+    batches = [ids[start : start + per_batch] for start in range(0, len(ids), per_batch)]
+    missing = [[i for i in batch if _group_of(run, i) not in done] for batch in batches]
+    return [batch for batch in missing if batch]
+
+
+def _finished_groups(run: NightRun) -> set[str]:
+    """Groups with rollouts in the lake, or whose verifier refused them all."""
+    with run.lake().reader() as reader:
+        rows = reader.rows(
+            "select distinct group_id from rollouts where run_id = $run_id "
+            "union select distinct group_id from quarantine where run_id = $run_id",
+            {"run_id": run.run_id},
+        )
+    return {row["group_id"] for row in rows}
+
+
+def _group_of(run: NightRun, prompt_id: str) -> str:
+    return group_id(run.run_id, prompt_id, run.policy.policy_version)
+
+
+def generate(run: NightRun, prompt_ids: Sequence[str]) -> Path:
+    """Samples one batch of groups into the run's staging folder.
+
+    Returns:
+        the staged file; one that a killed run left there is used again.
+    """
+    path = run.folder / "staging" / f"{content_id(list(prompt_ids))}.parquet"
+    if path.is_file():
+        return path
+    started = time.monotonic()
+    by_id = {prompt.prompt_id: prompt for prompt in run.prompts()}
+    seed, size = run.config.sampling.seed, run.config.sampling.group_size
+    requests = [
+        GroupRequest(by_id[i], tuple(sample_seed(seed, _group_of(run, i), k) for k in range(size)))
+        for i in prompt_ids
+    ]
+    engine = engine_of(run)
+    groups = list(engine.generate(requests, run.config.sampling))
+    order = {prompt_id: place for place, prompt_id in enumerate(prompt_ids)}
+    stage(path, sorted(groups, key=lambda group: order[group.prompt.prompt_id]))
+    spent = facts(run).get("generate_seconds", 0.0) + time.monotonic() - started
+    tokens = sum(len(sample.completion_ids) for group in groups for sample in group.samples)
+    update_facts(
+        run, generate_seconds=spent, generated_tokens=facts(run).get("generated_tokens", 0) + tokens
+    )
+    return path
+
+
+def verify(run: NightRun, path: Path) -> Path:
+    """Judges a staged batch; a verifier that hangs or dies costs its own rollout."""
+    if is_judged(path):
+        return path
+    groups, _ = staged(path, {prompt.prompt_id: prompt for prompt in run.prompts()})
+    tokenizer = load_tokenizer(run.model_folder)
+    with VerifierPool(run.config.verify) as pool:
+        texts = [[completion_text(tokenizer, s.completion_ids.tolist()) for s in g.samples] for g in groups]
+        judgements = pool.judge(groups, texts)
+        update_facts(run, verifier_version=pool.version)
+    return stage(path, groups, judgements)
+
+
+def commit(run: NightRun, path: Path) -> Ingested:
+    """Puts a judged batch of whole groups into the lake, in one transaction."""
+    prompts = {prompt.prompt_id: prompt for prompt in run.prompts()}
+    groups, judgements = staged(path, prompts)
+    sampled = Sampled(
+        run.record,
+        run.policy,
+        run.config.sampling,
+        TransformersEngine.logprobs_kind,
+        run.config.engine.entropy_kind,
+        run.config.verify.verifier,
+        facts(run)["verifier_version"],
+    )
+    rows, refused = rollout_rows(sampled, groups, judgements, load_tokenizer(run.model_folder))
+    done = ingest(
+        run.lake(), rows, [run.run_id] * len(rows), [group.prompt for group in groups], refused
+    )
+    path.unlink()
+    return done
+
+
+def engine_of(run: NightRun) -> TransformersEngine:
+    engine = run.config.engine
+    return _engine(run.model_folder, engine.device, engine.dtype, engine.entropy_kind)
+
+
+@lru_cache(maxsize=1)
+def _engine(folder: Path, device: str, dtype: str, entropy_kind: str) -> TransformersEngine:
+    """The loaded engine stays for the next batch."""
+    return TransformersEngine(load_model(folder, device, dtype), load_tokenizer(folder), entropy_kind)
+
+
+@lru_cache(maxsize=4)
+def _prompts(source: str, limit: int | None) -> tuple[Prompt, ...]:
+    return tuple(read_prompts(source, limit))

@@ -1,0 +1,11 @@
+-- Names that several rollouts bear.
+-- grain:   rollout_id
+-- inputs:  rollouts
+-- params:  none
+-- columns:
+--   rollout_id
+--   num_rollouts   rollouts
+select rollout_id, count(*) as num_rollouts
+from rollouts
+group by rollout_id
+having count(*) > 1

@@ -1,0 +1,12 @@
+-- Places in a group that several rollouts take.
+-- grain:   group_id, sample_index
+-- inputs:  rollouts
+-- params:  none
+-- columns:
+--   group_id
+--   sample_index
+--   num_rollouts   rollouts
+select group_id, sample_index, count(*) as num_rollouts
+from rollouts
+group by group_id, sample_index
+having count(*) > 1

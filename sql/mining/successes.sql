@@ -1,0 +1,37 @@
+-- V: the verified successes of the groups in scope, with their steps.
+-- grain:   rollout_id
+-- inputs:  rollouts, group_classes
+-- params:  $scope (zero_advantage | any_success), $success_reward, $reward_tolerance (reward), $allow_truncated,
+--          $entropy_kind (null: all)
+-- columns:
+--   rollout_id
+--   group_id
+--   prompt_id
+--   model
+--   policy_version   optimizer steps
+--   sample_index
+--   entropy_kind
+--   awaits_scorer    no entropies yet
+--   step_ends        tokens, exclusive
+--   step_entropies   nats
+select
+    rollouts.rollout_id,
+    rollouts.group_id,
+    rollouts.prompt_id,
+    rollouts.model,
+    rollouts.policy_version,
+    rollouts.sample_index,
+    rollouts.entropy_kind,
+    rollouts.completion_entropies is null as awaits_scorer,
+    rollouts.step_ends,
+    rollouts.step_entropies
+from rollouts
+join group_classes using (group_id)
+where rollouts.origin in ('policy', 'trainer')
+    and case $scope
+        when 'zero_advantage' then group_classes.group_class = 'all_success'
+        else group_classes.group_class <> 'incomplete'
+    end
+    and rollouts.reward >= $success_reward - $reward_tolerance
+    and (rollouts.finish_reason <> 'length' or $allow_truncated)
+    and ($entropy_kind is null or rollouts.entropy_kind = $entropy_kind or rollouts.completion_entropies is null)

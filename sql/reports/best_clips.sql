@@ -1,0 +1,51 @@
+-- The best clips of a mining with the whole completion they were cut from.
+-- grain:   clip_id
+-- inputs:  echo_clips, rollouts, prompts
+-- params:  $mining_id, $num_clips (clips)
+-- columns:
+--   clip_id
+--   clip_rank              from 0
+--   group_id
+--   sample_index
+--   model
+--   tokenizer_hash
+--   policy_version         optimizer steps
+--   step_index             from 0, the chosen step
+--   num_steps              steps
+--   clip_tokens            tokens
+--   step_entropy           nats
+--   reward                 reward
+--   data_source            where the prompt is from, null if the lake does not hold it
+--   messages               JSON, null if the lake does not hold the prompt
+--   prompt_ids
+--   completion_ids
+--   completion_entropies   nats
+--   completion_logprobs    nats
+--   step_ends              tokens, exclusive
+--   step_entropies         nats
+select
+    echo_clips.clip_id,
+    echo_clips.clip_rank,
+    echo_clips.group_id,
+    echo_clips.sample_index,
+    rollouts.model,
+    rollouts.tokenizer_hash,
+    echo_clips.policy_version,
+    echo_clips.step_index,
+    echo_clips.num_steps,
+    echo_clips.clip_tokens,
+    echo_clips.step_entropy,
+    rollouts.reward,
+    prompts.data_source,
+    prompts.messages,
+    rollouts.prompt_ids,
+    rollouts.completion_ids,
+    rollouts.completion_entropies,
+    rollouts.completion_logprobs,
+    rollouts.step_ends,
+    rollouts.step_entropies
+from echo_clips
+join rollouts using (rollout_id)
+left join prompts on prompts.prompt_id = echo_clips.prompt_id
+where echo_clips.mining_id = $mining_id and echo_clips.clip_rank < $num_clips
+order by echo_clips.clip_rank

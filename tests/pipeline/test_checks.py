@@ -1,0 +1,82 @@
+"""Each check finds the rows that it is there for, and a sound lake has none."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pytest
+
+from pipeline import schema
+from pipeline.checks import run_checks
+
+NAN, INF = float("nan"), float("inf")
+FAULTS = [
+    ("mismatched_entropies", {"completion_entropies": [0.1, 0.2]}),
+    ("mismatched_logprobs", {"completion_logprobs": [-0.1, -0.2, -0.3, -0.4]}),
+    ("impossible_entropies", {"completion_entropies": [0.1, -0.2, 0.3]}),
+    ("impossible_entropies", {"completion_entropies": [0.1, NAN, 0.3]}),
+    ("impossible_entropies", {"completion_entropies": [INF, 0.2, 0.3]}),
+    ("impossible_entropies", {"completion_entropies": [None, 0.2, 0.3]}),
+    ("broken_steps", {"step_ends": [1, 2]}),
+    ("broken_steps", {"step_ends": [1, 4]}),
+    ("broken_steps", {"step_ends": [0, 3]}),
+    ("broken_steps", {"step_ends": [3, 3]}),
+    ("broken_steps", {"step_ends": [None, 3]}),
+    ("broken_steps", {"step_ends": None, "step_entropies": None, "completion_entropies": None}),
+    ("broken_steps", {"step_ends": [], "step_entropies": []}),
+    ("mismatched_step_entropies", {"step_entropies": [0.1]}),
+    ("mismatched_step_entropies", {"step_entropies": None}),
+    ("mismatched_step_entropies", {"completion_entropies": None}),
+    ("duplicate_rollouts", {"rollout_id": "r0", "sample_index": 7}),
+    ("duplicate_samples", {"sample_index": 0}),
+]
+
+
+def rollout(index: int) -> dict[str, object]:
+    return {
+        "rollout_id": f"r{index}",
+        "group_id": "g",
+        "sample_index": index,
+        "completion_ids": [5, 6, 7],
+        "completion_logprobs": [-0.1, -0.2, -0.3],
+        "completion_entropies": [0.1, 0.2, 0.3],
+        "step_ends": [1, 3],
+        "step_entropies": [0.1, 0.25],
+        "reward": 1.0,
+        "finish_reason": "stop",
+    }
+
+
+def found(sample_lake, rollouts: list[dict[str, object]], clips: list[dict[str, object]]) -> dict[str, int]:
+    """The checks that found something, on tables that hold these rows only."""
+    with sample_lake.lake.reader() as reader:
+        reader.materialize_rows("rollouts", pa.Table.from_pylist(rollouts, schema.ROLLOUTS))
+        reader.materialize_rows("echo_clips", pa.Table.from_pylist(clips, schema.ECHO_CLIPS))
+        return {check.name: check.num_offending for check in run_checks(reader) if check.num_offending}
+
+
+def test_a_sound_lake_passes_every_check(sample_lake):
+    with sample_lake.lake.reader() as reader:
+        results = run_checks(reader)
+    assert [result.name for result in results] == sorted({name for name, _ in FAULTS} | {"orphan_clips"})
+    assert [result.num_offending for result in results] == [0] * 8
+
+
+@pytest.mark.parametrize(("check", "fault"), FAULTS)
+def test_a_check_finds_its_fault_and_no_other_does(sample_lake, check, fault):
+    assert found(sample_lake, [rollout(0), rollout(1) | fault], []) == {check: 1}
+
+
+def test_a_clip_without_its_rollout_is_found(sample_lake):
+    clips = [{"mining_id": "m", "clip_id": name, "rollout_id": name} for name in ("r0", "r1", "r2")]
+    assert found(sample_lake, [rollout(0), rollout(1)], clips) == {"orphan_clips": 1}
+
+
+def test_clips_of_truncated_or_failed_rollouts_and_unscored_or_empty_ones_are_sound(sample_lake):
+    truncated = rollout(0) | {"finish_reason": "length"}
+    failed = rollout(1) | {"reward": 0.0}
+    unscored = rollout(2) | {"completion_entropies": None, "step_entropies": None, "completion_logprobs": None}
+    empty = rollout(3) | {
+        "completion_ids": [], "completion_logprobs": [], "completion_entropies": [], "step_ends": [], "step_entropies": []
+    }  # fmt: skip
+    clips = [{"mining_id": "m", "clip_id": name, "rollout_id": name} for name in ("r0", "r1")]
+    assert found(sample_lake, [truncated, failed, unscored, empty], clips) == {}

@@ -1,0 +1,1 @@
+"""The trainer: objectives, batches, checkpoints and the loop. Knows the pipeline, not the flows."""

@@ -1,0 +1,46 @@
+"""Which items a step takes, and how they are cut into forward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+
+def step_batches(num_items: int, per_step: int, seed: int, stream: int) -> Iterator[list[int]]:
+    """The items of each optimizer step, without end: a seeded shuffle per epoch, carried over steps.
+
+    Every item comes once per epoch, and never twice in one step: a step takes `min(per_step, num_items)`.
+
+    Args:
+        stream: tells apart orders that share a seed (prompts and clips).
+    """
+    size = min(per_step, num_items)
+    rng = np.random.default_rng([seed, stream])
+    queue: list[int] = []
+    while True:
+        if len(queue) < size:
+            waiting = set(queue)
+            epoch = [int(item) for item in rng.permutation(num_items)]
+            # What waits for this step must not come again within it, so its next turn moves back.
+            queue += [i for i in epoch if i not in waiting] + [i for i in epoch if i in waiting]
+        yield queue[:size]
+        queue = queue[size:]
+
+
+def micro_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Row indices cut into forward passes of at most `batch_tokens` padded tokens each.
+
+    Rows of like length go together, longest first, so that little is padding and the largest pass comes
+    first (memory that suffices for it suffices for all). A row longer than the budget goes alone.
+
+    Args:
+        lengths: tokens of each row, prompt included.
+    """
+    passes: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if passes and (len(passes[-1]) + 1) * lengths[passes[-1][0]] <= batch_tokens:
+            passes[-1].append(row)
+        else:
+            passes.append([row])
+    return passes

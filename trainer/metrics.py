@@ -1,0 +1,123 @@
+"""What a training reports: one JSON line per optimizer step, and what came of the whole."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TextIO
+
+from pipeline.config import MiningConfig
+from pipeline.errors import ConfigError
+from pipeline.records import Judgement
+
+CLASSES = ("all_success", "all_fail", "all_equal", "mixed", "incomplete")
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a training did.
+
+    Attributes:
+        echo_loss_before, echo_loss_after: mean EchoClip loss over the same (up to 256) clips, nats per
+            token; None without clips.
+        reward_before, reward_after: mean reward of the first and the last step's rollouts; None without any.
+        num_rollouts: on-policy rollouts sampled.
+        checkpoint: the trained model's folder.
+    """
+
+    training_id: str
+    optim_steps: int
+    echo_loss_before: float | None
+    echo_loss_after: float | None
+    reward_before: float | None
+    reward_after: float | None
+    num_rollouts: int
+    num_clip_uses: int
+    checkpoint: Path
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One line of `metrics.jsonl`; rewards are None where no rollout of the step was judged.
+
+    Attributes:
+        policy_version: of the weights that sampled, before this step's update.
+        classes: share of the step's groups in each class.
+        zero_advantage_share: share of the groups with equal rewards, whose advantages are all 0.
+        echo_loss: before λ; None without clips.
+        logprob_gap: greatest difference between the sampler's log-probs and ours, nats.
+        grad_norm: before clipping.
+        entropy_mean: nats per completion token.
+    """
+
+    optim_step: int
+    policy_version: int
+    reward_mean: float | None
+    classes: dict[str, float]
+    zero_advantage_share: float | None
+    rl_loss: float
+    echo_loss: float | None
+    loss: float
+    grad_norm: float
+    entropy_mean: float | None
+    logprob_gap: float | None
+    num_completion_tokens: int
+    num_clip_tokens: int
+    seconds: float
+    tokens_per_second: float
+
+
+def group_class(rewards: Sequence[float], group_size: int, rules: MiningConfig) -> str:
+    """The class of a group in this batch, by the rules that the lake is mined with.
+
+    The SQL in `sql/mining` classes what lies in the lake; the same golden cases hold for both.
+    """
+    too_few = len(rewards) < rules.min_group_size
+    if too_few or (len(rewards) < group_size and not rules.allow_partial):
+        return "incomplete"
+    low, high, tolerance = min(rewards), max(rewards), rules.reward_tolerance
+    if high - low > tolerance:
+        return "mixed"
+    if low >= rules.success_reward - tolerance:
+        return "all_success"
+    return "all_fail" if high <= rules.fail_reward + tolerance else "all_equal"
+
+
+def class_shares(
+    judgements: Sequence[Sequence[Judgement]], group_size: int, rules: MiningConfig
+) -> dict[str, float]:
+    """Share of the groups in each class; empty without groups."""
+    if not judgements:
+        return {}
+    counts = Counter(
+        group_class([j.reward for j in judged if j.reward is not None], group_size, rules)
+        for judged in judgements
+    )
+    return {name: counts[name] / len(judgements) for name in CLASSES}
+
+
+def reward_mean(judgements: Sequence[Sequence[Judgement]]) -> float | None:
+    rewards = [j.reward for judged in judgements for j in judged if j.reward is not None]
+    return sum(rewards) / len(rewards) if rewards else None
+
+
+def open_metrics(path: Path) -> TextIO:
+    """`metrics.jsonl`, made anew: a training that is started again begins again.
+
+    Raises:
+        ConfigError: the file or its folder cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("w", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"Cannot write {path}: {error}. Choose another folder.") from None
+
+
+def write_metrics(file: TextIO, metrics: StepMetrics) -> None:
+    """One line, on disk at once: someone may be watching."""
+    file.write(json.dumps(asdict(metrics), allow_nan=False) + "\n")
+    file.flush()

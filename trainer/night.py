@@ -1,0 +1,144 @@
+"""Training on a night's shards: the loop, fed from the lake and writing back into it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline import schema
+from pipeline.config import EngineConfig, MiningConfig, SamplingConfig, TrainConfig, VerifyConfig
+from pipeline.engines.transformers import TransformersEngine
+from pipeline.hashing import content_id
+from pipeline.ingest import ingest
+from pipeline.lake import Lake
+from pipeline.models import load_model, policy_of
+from pipeline.records import Group, Judgement, Policy, Prompt, Run
+from pipeline.rewards import VerifierPool
+from pipeline.rollouts import Sampled, rollout_rows
+from pipeline.shards import load_clips
+from pipeline.tokenization import completion_text, load_tokenizer
+from trainer.loop import train
+from trainer.metrics import StepMetrics
+
+
+def train_on_shards(
+    lake: Lake,
+    run: Run,
+    model_folder: Path,
+    model_name: str,
+    prompts: Sequence[Prompt],
+    shards: Path,
+    config: TrainConfig,
+    sampling: SamplingConfig,
+    engine_config: EngineConfig,
+    verify: VerifyConfig,
+    rules: MiningConfig,
+    progress: Callable[[StepMetrics], None] | None = None,
+) -> dict[str, Any]:
+    """Trains the model on-policy beside the shards' clips. The same training is done once.
+
+    Its rollouts enter the lake with origin `trainer`, each clip's use goes to `clip_uses`, and the folder
+    `runs/<run>/training-<id>` gets `metrics.jsonl`, `checkpoint/` and `training.json`.
+
+    Returns:
+        the training's result as plain values, with `folder` and `metrics` (one dict per step).
+    """
+    tokenizer = load_tokenizer(model_folder)
+    policy = policy_of(model_folder, model_name, tokenizer)
+    clips = load_clips(shards, policy.tokenizer_hash)
+    training_id = (
+        "training-"
+        + content_id(
+            run.run_id,
+            policy.weights_hash,
+            [clip.clip_id for clip in clips],
+            [prompt.prompt_id for prompt in prompts],
+            [part.model_dump(mode="json") for part in (config, sampling, engine_config)],
+        )[:16]
+    )
+    folder = lake.folder / "runs" / run.run_id / training_id
+    done = folder / "training.json"
+    sampling = sampling.model_copy(update={"group_size": config.group_size})
+    if done.is_file():
+        return _with_metrics(json.loads(done.read_text()), folder)
+    model = load_model(model_folder, engine_config.device, engine_config.dtype)
+    engine = TransformersEngine(model, tokenizer, engine_config.entropy_kind)
+    with VerifierPool(verify) as pool:
+
+        def judge(groups: Sequence[Group]) -> list[list[Judgement]]:
+            return pool.judge(
+                groups,
+                [[completion_text(tokenizer, s.completion_ids.tolist()) for s in g.samples] for g in groups],
+            )
+
+        def write_rollouts(
+            groups: Sequence[Group], judgements: Sequence[Sequence[Judgement]], policy_version: int
+        ) -> None:
+            # The weights between two optimizer steps have no file; the version tells them apart.
+            now = Policy(model_name, policy.weights_hash, policy.tokenizer_hash, policy_version)
+            sampled = Sampled(
+                Run(training_id, run.night, "trainer"),
+                now,
+                sampling,
+                engine.logprobs_kind,
+                engine.entropy_kind,
+                pool.name,
+                pool.version,
+            )
+            rows, refused = rollout_rows(sampled, groups, judgements, tokenizer)
+            ingest(lake, rows, [training_id] * len(rows), [group.prompt for group in groups], refused)
+
+        def write_uses(uses: list[tuple[str, int, float]]) -> None:
+            lake.commit({"clip_uses": _uses(training_id, uses)})
+
+        result = train(
+            model,
+            tokenizer,
+            engine,
+            prompts,
+            clips,
+            config,
+            sampling,
+            judge,
+            write_rollouts,
+            write_uses,
+            folder,
+            training_id,
+            policy.policy_version,
+            progress,
+            rules,
+        )
+    summary = asdict(result) | {"checkpoint": str(result.checkpoint)}
+    partial = done.with_suffix(".partial")
+    partial.write_text(json.dumps(summary, indent=2) + "\n")
+    os.replace(partial, done)
+    return _with_metrics(summary, folder)
+
+
+def _uses(training_id: str, uses: Sequence[tuple[str, int, float]]) -> pa.Table:
+    now = datetime.now(UTC)
+    return pa.Table.from_pylist(
+        [
+            {
+                "training_id": training_id,
+                "clip_id": clip_id,
+                "optim_step": optim_step,
+                "clip_loss": loss,
+                "created_at": now,
+            }
+            for clip_id, optim_step, loss in uses
+        ],
+        schema.CLIP_USES,
+    )
+
+
+def _with_metrics(summary: dict[str, Any], folder: Path) -> dict[str, Any]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return summary | {"folder": str(folder), "metrics": [json.loads(line) for line in lines]}
