@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
@@ -31,11 +32,17 @@ def summary_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("dropped", ", ".join(f"{name} {n}" for name, n in sorted(dropped.items())) or "none"),
         ("EchoClip loss", _before_after(training, "echo_loss", "nats/token before and after training")),
         ("mean reward", _before_after(training, "reward", "in the first and last optimizer step")),
-        ("shards", result["shards"]),
-        ("checkpoint", str(training.get("checkpoint"))),
-        ("report", result["report"]),
+        ("shards", _near(result["shards"])),
+        ("checkpoint", _near(str(training.get("checkpoint")))),
+        ("report", _near(result["report"])),
     ]
     return rows
+
+
+def _near(path: str) -> str:
+    """Relative to where the user stands, if below it."""
+    here = Path.cwd()
+    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path
 
 
 def _before_after(training: Mapping[str, Any], name: str, unit: str) -> str:

@@ -59,11 +59,13 @@ def serve_nightly(config: NightlyConfig, lake: Path, cron: str) -> None:
     try:
         CronSchedule(cron=cron, timezone="UTC")
     except ValueError:
-        raise ConfigError(f"--cron {cron!r} is no cron expression. Give five fields, like \"0 2 * * *\".") from None
+        raise ConfigError(
+            f'--cron {cron!r} is no cron expression. Give five fields, like "0 2 * * *".'
+        ) from None
     with _server(url):
         from flows.nightly import nightly
 
-        console.print(f"Serving the flow `nightly` at {url}, next by cron \"{cron}\" (UTC). Stop with Ctrl-C.")
+        console.print(f'Serving the flow `nightly` at {url}, next by cron "{cron}" (UTC). Stop with Ctrl-C.')
         nightly.serve(
             name="nightly",
             cron=cron,

@@ -14,7 +14,8 @@ from flows.progress import bar, console
 from pipeline.config import NightlyConfig
 from pipeline.errors import BusyError
 from pipeline.ingest import Ingested
-from pipeline.runs import facts, update_facts
+from pipeline.lake import Lake
+from pipeline.runs import facts, finish
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def nightly(config: NightlyConfig, lake: Path) -> NightlyResult:
         exported = tasks.export(run, mined)
         training = tasks.train(run, exported)
         report = tasks.report(run, mined, training)
-        update_facts(run, done=True)
+        finish(run)
         result = NightlyResult(
             run_id=run.run_id,
             night=run.night.isoformat(),
@@ -85,8 +86,6 @@ def nightly(config: NightlyConfig, lake: Path) -> NightlyResult:
 
 def _one_night_at_a_time(config: NightlyConfig, lake: Path) -> FileLock:
     """Waits for a night that runs on the same lake, or refuses, as `on_overlap` says."""
-    from pipeline.lake import Lake
-
     folder = Lake.create(lake).folder
     lock = FileLock(folder / "nightly.lock")
     try:
@@ -94,7 +93,7 @@ def _one_night_at_a_time(config: NightlyConfig, lake: Path) -> FileLock:
     except Timeout:
         if config.on_overlap == "refuse":
             raise BusyError(
-                f"Another night is running on the lake in {folder}. Wait for it, or set on_overlap = \"wait\"."
+                f'Another night is running on the lake in {folder}. Wait for it, or set on_overlap = "wait".'
             ) from None
         console.print(f"Another night is running on the lake in {folder}; waiting for it.")
         lock.acquire()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -57,6 +58,40 @@ def common_options(function: F) -> F:
     )
     config = click.option("--config", type=click.Path(path_type=Path), help="a TOML file with settings")
     return lake(config(function))
+
+
+def night_options(function: F) -> F:
+    """What a night is made of: model, prompts, verifier and date."""
+    for option in reversed(
+        (
+            click.option("--model", help="arith, smollm2, or a Hugging Face model folder"),
+            click.option("--prompts", help="Parquet or JSONL file, or reasoning_gym:<task>?size=N&…"),
+            click.option("--max-prompts", type=int, help="only the first N prompts"),
+            click.option("--verifier", help="exact, math, reasoning_gym, or module:function"),
+            click.option(
+                "--night", type=click.DateTime(["%Y-%m-%d"]), help="the night's date; default: today in UTC"
+            ),
+        )
+    ):
+        function = option(function)
+    return function
+
+
+def night_settings(
+    model: str | None,
+    prompts: str | None,
+    max_prompts: int | None,
+    verifier: str | None,
+    night: datetime | None,
+) -> dict[str, Any]:
+    """The options of `night_options`, nested like the config."""
+    return {
+        "model": model,
+        "prompts": prompts,
+        "max_prompts": max_prompts,
+        "night": night.date() if night else None,
+        "verify": {"verifier": verifier},
+    }
 
 
 def json_option(function: F) -> F:

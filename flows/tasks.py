@@ -73,7 +73,7 @@ def commit(run: NightRun, judged: Path) -> Ingested:
 
 @stage("mine")
 def mine(run: NightRun) -> Mining:
-    return mining.mine(run.lake(), run.config.mining, run_id=run.run_id)
+    return mining.mine(run.lake(), run.config.mining, runs.sealed_snapshot(run), run_id=run.run_id)
 
 
 @stage("export")

@@ -35,7 +35,9 @@ class SamplingConfig(Section):
 class EngineConfig(Section):
     kind: Literal["transformers"] = Field("transformers", description="what samples the rollouts")
     batch_rollouts: int = Field(512, ge=1, description="rollouts sampled at once; a commit holds as many")
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$", description="auto, cpu, cuda or cuda:N"
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the weights; auto: bfloat16 on CUDA, float32 on CPU"
     )
@@ -45,9 +47,7 @@ class EngineConfig(Section):
 
 
 class VerifyConfig(Section):
-    verifier: str = Field(
-        "exact", description="exact, math, reasoning_gym, or module:function of your own"
-    )
+    verifier: str = Field("exact", description="exact, math, reasoning_gym, or module:function of your own")
     timeout_seconds: float = Field(10.0, gt=0, description="a verifier that takes longer is killed")
     workers: int = Field(2, ge=1, description="verifier processes")
 
@@ -103,9 +103,7 @@ class TrainConfig(Section):
 
 class NightlyConfig(Section):
     model: str = Field("arith", description="arith, smollm2, or a Hugging Face model folder")
-    prompts: str = Field(
-        ARITH_PROMPTS, description="Parquet or JSONL file, or reasoning_gym:<task>?size=N&…"
-    )
+    prompts: str = Field(ARITH_PROMPTS, description="Parquet or JSONL file, or reasoning_gym:<task>?size=N&…")
     max_prompts: int | None = Field(None, ge=1, description="only the first N prompts")
     night: date | None = Field(None, description="the night's date; default: today in UTC")
     on_overlap: Literal["wait", "refuse"] = Field(
@@ -139,7 +137,9 @@ def load_config(path: Path | None, overrides: dict[str, Any] | None = None) -> N
             raise ConfigError(f"There is no config file {path}. Check --config.") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
             raise ConfigError(f"{path} is no readable TOML: {error}. Mend it there.") from None
-    return validated(NightlyConfig, _merged(values, overrides or {}), where=str(path or "the options"))
+        # alone first, so that the file is blamed for its own mistakes only
+        validated(NightlyConfig, values, where=str(path))
+    return validated(NightlyConfig, _merged(values, overrides or {}), where="the options")
 
 
 def validated(model: type[ConfigT], values: dict[str, Any], where: str) -> ConfigT:
@@ -155,7 +155,7 @@ def validated(model: type[ConfigT], values: dict[str, Any], where: str) -> Confi
                 f"Unknown config key `{key}` in {where}: {nearest(str(first['loc'][-1]), known)}"
             ) from None
         raise ConfigError(
-            f"Config key `{key}` in {where} is {first['input']!r}: {first['msg']}. Give a valid value."
+            f"Config key `{key}` in {where} is {first['input']!r:.80}: {first['msg']}. Give a valid value."
         ) from None
 
 
@@ -193,8 +193,20 @@ def config_keys(model: type[BaseModel] = NightlyConfig, prefix: str = "") -> lis
         if below is not None:
             rows += config_keys(below, f"{prefix}{name}.")
             continue
-        default = "none" if info.default is None else str(info.default).lower() if isinstance(
-            info.default, bool
-        ) else str(info.default)
-        rows.append((f"{prefix}{name}", default, info.description or ""))
+        rows.append((f"{prefix}{name}", _shown(info.default), info.description or ""))
     return rows
+
+
+def config_table() -> str:
+    """Every key, its default and its meaning as a Markdown table; the README and docs/config.md hold it."""
+    lines = ["| key | default | meaning |", "|---|---|---|"]
+    for row in config_keys():
+        key, default, meaning = (cell.replace("|", "\\|").replace("<", "&lt;") for cell in row)
+        lines.append(f"| `{key}` | `{default}` | {meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+def _shown(default: Any) -> str:
+    if default is None:
+        return "none"
+    return str(default).lower() if isinstance(default, bool) else str(default)

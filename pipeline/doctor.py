@@ -76,7 +76,9 @@ def _model(config: NightlyConfig) -> Finding:
         tokens = len(load_tokenizer(folder))
     except EchoMineError as error:
         return Finding("model", False, str(error))
-    return Finding("model", True, f"{config.model} in {folder}, {tokens:,} tokens, engine {config.engine.kind}")
+    return Finding(
+        "model", True, f"{config.model} in {folder}, {tokens:,} tokens, engine {config.engine.kind}"
+    )
 
 
 def _lake(folder: Path) -> Iterator[Finding]:
@@ -86,22 +88,32 @@ def _lake(folder: Path) -> Iterator[Finding]:
     try:
         lake = Lake.open(folder)
         with lake.reader() as reader:
-            counts = reader.rows("select count(*) as rollouts, count(distinct group_id) as groups from rollouts")[0]
+            counts = reader.rows(
+                "select count(*) as rollouts, count(distinct group_id) as groups from rollouts"
+            )[0]
             yield Finding(
-                "lake", True, f"{folder}: {counts['rollouts']:,} rollouts, {counts['groups']:,} groups, "
-                f"snapshot {reader.snapshot}"
+                "lake",
+                True,
+                f"{folder}: {counts['rollouts']:,} rollouts, {counts['groups']:,} groups, "
+                f"snapshot {reader.snapshot}",
             )
             damaged = lake.damaged_files(reader)
             for file in damaged:
-                yield Finding("data file", False, f"{file.path} {file.problem}. Restore it from a backup.")
+                yield Finding(f"file {file.path}", False, f"{file.problem}. Restore it from a backup.")
             if not damaged:
                 yield Finding("data files", True, "all are as they were written (SHA-256)")
             for check in run_checks(reader):
-                text = "no offending rows" if not check.num_offending else f"{check.num_offending} offending rows"
+                text = (
+                    "no offending rows"
+                    if not check.num_offending
+                    else f"{check.num_offending} offending rows"
+                )
                 yield Finding(f"check {check.name}", not check.num_offending, text)
     except EchoMineError as error:
         yield Finding("lake", False, str(error))
         return
     free = shutil.disk_usage(folder).free
     low = free < LOW_DISK_BYTES
-    yield Finding("disk", not low, f"{free / 2**30:.1f} GiB free" + (". Free some before tonight." if low else ""))
+    yield Finding(
+        "disk", not low, f"{free / 2**30:.1f} GiB free" + (". Free some before tonight." if low else "")
+    )

@@ -7,7 +7,11 @@ is a fault of ours and keeps its traceback.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+MAX_MESSAGE_CHARS = 700
+MAX_LISTED = 12  # valid names in one message
 
 
 class EchoMineError(Exception):
@@ -16,7 +20,9 @@ class EchoMineError(Exception):
     exit_code = 2
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        text = " ".join(message.split())
+        # a library's sentence within ours ends twice
+        super().__init__(_shortened(re.sub(r"(?<!\.)\.\.(?= |$)", ".", text)))
 
 
 class ConfigError(EchoMineError):
@@ -62,7 +68,25 @@ class NothingToMine(EchoMineError):
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """The end of an error message: the closest valid name, or all of them when none is close."""
+    """The end of an error message: the closest valid name; all of them, or a few, when none is close."""
     names = sorted(valid)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"did you mean `{close[0]}`?" if close else f"valid names: {', '.join(names)}"
+    if close:
+        return f"did you mean `{close[0]}`?"
+    if len(names) > MAX_LISTED:
+        few = difflib.get_close_matches(name, names, n=3, cutoff=0.0)
+        return f"of {len(names)} valid names the closest are {', '.join(few)}."
+    return f"valid names: {', '.join(names)}."
+
+
+def said(error: BaseException) -> str:
+    """What a library's error says, on one line, without its final stop or DuckDB's pointer to a place."""
+    text = " ".join(str(error).split("\n\nLINE ")[0].split())
+    return _shortened(text or type(error).__name__, 300).rstrip(".")
+
+
+def _shortened(text: str, limit: int = MAX_MESSAGE_CHARS) -> str:
+    """Cut in the middle: what happened stands at the start, what to do at the end."""
+    if len(text) <= limit:
+        return text
+    return f"{text[: 2 * limit // 3]} … {text[-limit // 3 :]}"

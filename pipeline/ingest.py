@@ -23,9 +23,7 @@ class Ingested:
     refused: int = 0
 
     def __add__(self, other: Ingested) -> Ingested:
-        return Ingested(
-            self.written + other.written, self.known + other.known, self.refused + other.refused
-        )
+        return Ingested(self.written + other.written, self.known + other.known, self.refused + other.refused)
 
 
 def ingest(
@@ -63,13 +61,13 @@ def ingest(
 def _without_conflicts(
     lake: Lake, rows: list[dict[str, Any]], source_of: dict[int, str]
 ) -> tuple[list[dict[str, Any]], list[Refused]]:
-    """Refuses rows whose place in the group is taken by a rollout with another content."""
+    """Refuses rows whose place in the group is taken by a rollout with other tokens or another reward."""
     taken = _places_in_lake(lake, rows)
     good, refused = [], []
     for row in rows:
         place = (row["group_id"], int(row["sample_index"]))
-        name = rollout_id(*place, row["prompt_ids"], row["completion_ids"])
-        if taken.setdefault(place, name) == name:
+        content = rollout_id(*place, row["prompt_ids"], row["completion_ids"]), float(row["reward"])
+        if taken.setdefault(place, content) == content:
             good.append(row)
         else:
             reason = f"duplicate: sample {place[1]} of group {place[0]} is there with another content"
@@ -77,12 +75,12 @@ def _without_conflicts(
     return good, refused
 
 
-def _places_in_lake(lake: Lake, rows: Sequence[dict[str, Any]]) -> dict[tuple[str, int], str]:
+def _places_in_lake(lake: Lake, rows: Sequence[dict[str, Any]]) -> dict[tuple[str, int], tuple[str, float]]:
     groups = pa.table({"group_id": pa.array(sorted({row["group_id"] for row in rows}), pa.string())})
     with lake.reader() as reader:
         reader.materialize_rows("incoming_groups", groups)
         held = reader.rows(
-            "select group_id, sample_index, rollout_id from rollouts "
+            "select group_id, sample_index, rollout_id, reward from rollouts "
             "where group_id in (select incoming_groups.group_id from incoming_groups)"
         )
-    return {(row["group_id"], row["sample_index"]): row["rollout_id"] for row in held}
+    return {(row["group_id"], row["sample_index"]): (row["rollout_id"], row["reward"]) for row in held}

@@ -27,16 +27,17 @@ from duckdb_extensions import import_extension
 from filelock import FileLock
 
 from pipeline import schema
-from pipeline.errors import LakeError, QueryError
+from pipeline.errors import LakeError, QueryError, said
 from pipeline.hashing import file_sha256
 from pipeline.parquet import write_data_file
-from pipeline.query import Selection, refuse_all_but_reading
+from pipeline.query import Selection, reading_only
 from pipeline.sqlfiles import macros, params_of, views
 
 # Fewer rows are kept in the catalog itself (DuckLake's data inlining) instead of a tiny file each.
 INLINED_ROWS = 1000
 BUSY_TIMEOUT_MS = 30_000
 RETRIES = 8
+_DAMAGE = re.compile(r"magic bytes|corrupt|malformed|ZSTD|TProtocol|parquet metadata", re.IGNORECASE)
 
 Result = TypeVar("Result")
 
@@ -87,9 +88,10 @@ class Lake:
             with lake._lock:
                 if not lake.catalog.exists():
                     lake._create_tables()
-        except OSError as error:
+        except (OSError, duckdb.Error) as error:
+            what = error.strerror if isinstance(error, OSError) else None
             raise LakeError(
-                f"Cannot make or write a lake in {folder}: {error.strerror or error}. "
+                f"Cannot make or write a lake in {folder}: {what or said(error)}. "
                 "Choose another folder with --lake, or mend its permissions."
             ) from error
         return cls.open(folder)
@@ -98,17 +100,20 @@ class Lake:
         # Built under another name, so that a crash leaves no half-made catalog behind.
         building = self.catalog.with_name(f"building-{uuid.uuid4().hex}.sqlite")
         connection = _connect()
-        _attach(connection, building, self.files, "meta_journal_mode 'wal'")
-        connection.execute("begin")
-        for table in schema.TABLES:
-            connection.execute(schema.ddl(table))
-        connection.execute("insert into meta values ('schema_version', ?)", [str(schema.SCHEMA_VERSION)])
-        connection.execute("commit")
-        connection.execute(f"call ducklake_set_option('lake', 'data_inlining_row_limit', '{INLINED_ROWS}')")
-        connection.close()
-        for leftover in building.parent.glob(f"{building.name}-*"):
-            leftover.unlink()
-        building.rename(self.catalog)
+        try:
+            _attach(connection, building, self.files, "meta_journal_mode 'wal'")
+            connection.execute("begin")
+            for table in schema.TABLES:
+                connection.execute(schema.ddl(table))
+            connection.execute("insert into meta values ('schema_version', ?)", [str(schema.SCHEMA_VERSION)])
+            connection.execute("commit")
+            option = f"'data_inlining_row_limit', '{INLINED_ROWS}'"
+            connection.execute(f"call ducklake_set_option('lake', {option})")
+            connection.close()  # SQLite moves its journal into the file
+            building.rename(self.catalog)
+        finally:
+            connection.close()
+            _remove(list(building.parent.glob(f"{building.name}*")))
 
     @contextmanager
     def reader(self, snapshot: int | None = None) -> Iterator[Reader]:
@@ -119,28 +124,34 @@ class Lake:
         """
         connection = _connect()
         try:
-            if snapshot is None:
-                snapshot = _retried(lambda: _newest_snapshot(connection, self.catalog))
-            _retried(lambda: _attach(connection, self.catalog, None, "read_only", snapshot))
-            yield Reader(connection, self, snapshot)
+            yield self._session(connection, snapshot)
         except duckdb.Error as error:
-            raise self._readable(error, snapshot) from error
+            # A damaged file has no exception of its own; what a wrong query raises stays as it is.
+            if not isinstance(error, duckdb.IOException) and not _DAMAGE.search(str(error)):
+                raise
+            raise LakeError(
+                f"The lake in {self.folder} cannot be read: {said(error)}. "
+                "Run `echomine doctor` to see what is damaged."
+            ) from error
         finally:
             connection.close()
 
-    def _readable(self, error: duckdb.Error, snapshot: int | None) -> Exception:
-        """DuckDB's error as one of ours, where the user can do something about it."""
-        text = str(error)
-        if "No snapshot found" in text:
-            return LakeError(
-                f"The lake in {self.folder} has no snapshot {snapshot}. "
-                "See `echomine sql \"from snapshots\"` for those it has."
-            )
-        if isinstance(error, duckdb.IOException) or "DuckLake metadata" in text:
-            return LakeError(
-                f"The lake in {self.folder} cannot be read: {text}. Run `echomine doctor` to see what is damaged."
-            )
-        return error
+    def _session(self, connection: duckdb.DuckDBPyConnection, snapshot: int | None) -> Reader:
+        try:
+            if snapshot is None:
+                snapshot = _retried(lambda: _newest_snapshot(connection, self.catalog))
+            _retried(lambda: _attach(connection, self.catalog, self.files, "read_only", snapshot))
+            return Reader(connection, self, snapshot)
+        except duckdb.Error as error:
+            if "No snapshot found" in str(error):
+                raise LakeError(
+                    f"The lake in {self.folder} has no snapshot {snapshot}. "
+                    'See `echomine sql "from snapshots"` for those it has.'
+                ) from error
+            raise LakeError(
+                f"The catalog {self.catalog} cannot be read: {said(error)}. "
+                "Restore it from a backup; the data files beside it were not touched."
+            ) from error
 
     def commit(self, tables: Mapping[str, pa.Table]) -> dict[str, int]:
         """Appends rows to several tables in one transaction; rows whose key is there already are left out.
@@ -154,24 +165,8 @@ class Lake:
         Raises:
             LakeError: the lake cannot be written; then nothing of this commit is in it.
         """
-        written: list[Path] = []
-        try:
-            with self._lock:
-                return _retried(lambda: self._commit_once(tables, written))
-        except (OSError, duckdb.Error) as error:
-            _remove(written)
-            raise LakeError(
-                f"Cannot write to the lake in {self.folder}: {error}. "
-                "Nothing of this commit was kept; mend that and run the command again."
-            ) from error
-        except BaseException:
-            _remove(written)
-            raise
 
-    def _commit_once(self, tables: Mapping[str, pa.Table], written: list[Path]) -> dict[str, int]:
-        connection = _connect()
-        try:
-            _attach(connection, self.catalog, None, "")
+        def change(connection: duckdb.DuckDBPyConnection, written: list[Path]) -> dict[str, int]:
             fresh = {name: _new_rows(connection, name, rows) for name, rows in tables.items()}
             connection.execute("begin")
             for name, rows in fresh.items():
@@ -179,16 +174,67 @@ class Lake:
                     self._add_file(connection, name, rows, written)
                 elif rows.num_rows:
                     _insert(connection, name, rows)
-            connection.execute("commit")
-            written.clear()
             return {name: rows.num_rows for name, rows in fresh.items()}
-        finally:
-            connection.close()
+
+        return self._changed(change)
+
+    def replace_rollouts(self, rows: pa.Table) -> None:
+        """Puts rows in the place of those of the same rollout_id, in one transaction.
+
+        Earlier snapshots keep the old rows; a mining of the new one is another mining.
+
+        Raises:
+            LakeError: the lake cannot be written; then the old rows stay.
+        """
+
+        def change(connection: duckdb.DuckDBPyConnection, written: list[Path]) -> None:
+            connection.execute("begin")
+            connection.register("incoming", rows.select(["rollout_id"]))
+            connection.execute("delete from rollouts where rollout_id in (select rollout_id from incoming)")
+            connection.unregister("incoming")
+            self._add_file(connection, "rollouts", rows, written)
+
+        self._changed(change)
+
+    def _changed(self, change: Callable[[duckdb.DuckDBPyConnection, list[Path]], Result]) -> Result:
+        """Commits what `change` does, while no other writer of this machine writes.
+
+        Args:
+            change: begins a transaction, and lists the files it writes before it writes them.
+        """
+
+        def once() -> Result:
+            connection, written = _connect(), list[Path]()
+            try:
+                _attach(connection, self.catalog, self.files)
+                result = change(connection, written)
+                try:
+                    connection.execute("commit")
+                except KeyboardInterrupt:
+                    written.clear()  # it may have gone through: better an orphan than a lost file
+                    raise
+                return result
+            except BaseException:
+                _remove(written)
+                raise
+            finally:
+                connection.close()
+
+        try:
+            with self._lock:
+                return _retried(once)
+        except (OSError, duckdb.Error) as error:
+            raise LakeError(
+                f"Cannot write to the lake in {self.folder}: {said(error)}. "
+                "Nothing of this commit was kept; mend that and run the command again."
+            ) from error
 
     def _add_file(
         self, connection: duckdb.DuckDBPyConnection, name: str, rows: pa.Table, written: list[Path]
     ) -> None:
-        path = self.files / "main" / name / f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:12]}.parquet"
+        path = (
+            self.files / "main" / name / f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:12]}.parquet"
+        )
         written.append(path)
         sha256 = write_data_file(rows, path)
         connection.execute("call ducklake_add_data_files('lake', ?, ?)", [name, str(path)])
@@ -207,15 +253,22 @@ class Lake:
         Returns:
             how many there were. Younger files stay: their commit may be under way.
         """
+        oldest = datetime.now(UTC) - older_than
         connection = _connect()
         try:
             with self._lock:
-                _attach(connection, self.catalog, None, "")
+                _attach(connection, self.catalog, self.files)
                 deleted = connection.execute(
                     "call ducklake_delete_orphaned_files('lake', older_than => ?)",
-                    [datetime.now(UTC) - older_than],
+                    [oldest],
                 ).fetchall()
-            return len(deleted)
+                partial = [p for p in self.files.rglob(".*.partial") if p.stat().st_mtime < oldest.timestamp()]
+                _remove(partial)
+            return len(deleted) + len(partial)
+        except (OSError, duckdb.Error) as error:
+            raise LakeError(
+                f"Cannot tidy the lake in {self.folder}: {said(error)}. Mend that and run the command again."
+            ) from error
         finally:
             connection.close()
 
@@ -248,6 +301,7 @@ class Reader:
         self.connection = connection
         self.lake = lake
         self.snapshot = snapshot
+        self._locked = False
         for statement in (*macros(), *views()):
             connection.execute(statement)
 
@@ -300,14 +354,24 @@ class Reader:
         Raises:
             QueryError: it is wrong, would write, or reaches for other files.
         """
-        refuse_all_but_reading(self.connection, sql)
-        self.connection.execute(f"set allowed_directories = ['{_quoted(self.lake.files)}/']")
-        self.connection.execute("set enable_external_access = false; set lock_configuration = true")
+        checked = reading_only(self.connection, sql)
+        self._lock_down()
         try:
-            result = self.connection.execute(sql)
+            result = self.connection.execute(checked)
             return Selection([column[0] for column in result.description], result.to_arrow_table())
         except duckdb.Error as error:
-            raise QueryError(f"The query failed: {error}") from error
+            raise QueryError(
+                f"The query failed: {said(error)}. Mend it; `describe` names a relation's columns."
+            ) from error
+
+    def _lock_down(self) -> None:
+        """From here on the session reaches this lake's data files only; it cannot be undone."""
+        if self._locked:
+            return
+        self.connection.execute(f"set allowed_directories = ['{_quoted(self.lake.files)}/']")
+        self.connection.execute("set python_enable_replacements = false")  # our own variables are no tables
+        self.connection.execute("set enable_external_access = false; set lock_configuration = true")
+        self._locked = True
 
 
 def _connect() -> duckdb.DuckDBPyConnection:
@@ -322,14 +386,17 @@ def _connect() -> duckdb.DuckDBPyConnection:
 def _attach(
     connection: duckdb.DuckDBPyConnection,
     catalog: Path,
-    data_path: Path | None,
-    options: str,
+    data_path: Path,
+    options: str = "",
     snapshot: int | None = None,
 ) -> None:
     # ATTACH takes no bound parameters: paths are quoted, numbers are formatted as integers.
-    settings = [f"meta_busy_timeout {BUSY_TIMEOUT_MS}"]
-    if data_path is not None:
-        settings.append(f"data_path '{_quoted(data_path)}/'")
+    # The catalog notes where its data lay when it was made; the folder may have been moved since.
+    settings = [
+        f"meta_busy_timeout {BUSY_TIMEOUT_MS}",
+        f"data_path '{_quoted(data_path)}/'",
+        "override_data_path true",
+    ]
     if snapshot is not None:
         settings.append(f"snapshot_version {int(snapshot)}")
     if options:
@@ -356,18 +423,20 @@ def _new_rows(connection: duckdb.DuckDBPyConnection, name: str, rows: pa.Table) 
     if not rows.num_rows:
         return rows
     keys = ", ".join(f'"{key}"' for key in schema.KEYS[name])
-    numbered = rows.select(list(schema.KEYS[name])).append_column("row", pa.array(range(rows.num_rows)))
+    numbered = rows.select(list(schema.KEYS[name])).append_column(
+        "nth_incoming", pa.array(range(rows.num_rows))
+    )
     connection.register("incoming", numbered)
     same = " and ".join(f'held."{key}" is not distinct from incoming."{key}"' for key in schema.KEYS[name])
     fresh = connection.execute(
         f"""
-        select min("row") as "row" from incoming
+        select min(nth_incoming) as nth_incoming from incoming
         where not exists (select 1 from "{name}" as held where {same})
         group by {keys} order by 1
         """
     ).to_arrow_table()
     connection.unregister("incoming")
-    return rows.take(fresh["row"])
+    return rows.take(fresh["nth_incoming"])
 
 
 def _insert(connection: duckdb.DuckDBPyConnection, name: str, rows: pa.Table) -> None:

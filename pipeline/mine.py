@@ -106,7 +106,8 @@ def _decide(
         groups by class, drops by reason, and the kept clips in rank order.
     """
     params = config.model_dump() | {"run_id": run_id, "incremental": since_snapshot is not None}
-    reader.materialize_rows("touched_groups", reader.touched_groups(-1 if since_snapshot is None else since_snapshot))
+    since = reader.snapshot if since_snapshot is None else since_snapshot  # none is touched after the last
+    reader.materialize_rows("touched_groups", reader.touched_groups(since))
     for stage in STAGES:
         reader.materialize(stage, sql_file(f"mining/{stage}"), params)
         if stage == "successes":
@@ -135,13 +136,14 @@ def _refuse_mixed_entropies(reader: Reader) -> None:
     kinds = [
         row["entropy_kind"]
         for row in reader.rows(
-            "select distinct entropy_kind from successes where not awaits_scorer order by entropy_kind nulls first"
+            "select distinct entropy_kind from successes where not awaits_scorer "
+            "order by entropy_kind nulls first"
         )
     ]
     if len(kinds) > 1:
         raise MiningError(
-            f"The successes to mine have several kinds of entropy ({', '.join(map(str, kinds))}), which do not "
-            "compare. Choose one with --entropy-kind."
+            f"The successes to mine have several kinds of entropy ({', '.join(map(str, kinds))}), which do "
+            "not compare. Choose one with --entropy-kind."
         )
 
 

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from pipeline.errors import ModelError, nearest
+from pipeline.errors import ModelError, nearest, said
 from pipeline.hashing import content_id, file_sha256
 from pipeline.records import Policy
 from pipeline.tokenization import load_tokenizer, tokenizer_hash
@@ -38,6 +38,11 @@ def model_folder(name: str) -> Path:
     if not folder.is_dir():
         raise ModelError(
             f"There is no model `{name}`: {nearest(name, _NAMED)} Or give a Hugging Face model folder."
+        )
+    if list(folder.glob("pytorch_model*.bin")) and not list(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{folder} holds its weights as pickle (pytorch_model.bin), which can run code when "
+            "it is loaded. Save the model as safetensors there."
         )
     for needed, what in (("config.json", "model configuration"), ("*.safetensors", "safetensors weights")):
         if not list(folder.glob(needed)):
@@ -64,7 +69,9 @@ def load_model(folder: Path, device: str = "auto", dtype: str = "auto") -> PreTr
             str(folder), dtype=kind, local_files_only=True, trust_remote_code=False, use_safetensors=True
         )
     except Exception as error:  # transformers and safetensors raise many kinds for files that are damaged
-        raise ModelError(f"The model in {folder} cannot be loaded: {error}. Copy it there anew.") from error
+        raise ModelError(
+            f"The model in {folder} cannot be loaded: {said(error)}. Copy it there anew."
+        ) from error
     target = "cpu" if not on_cuda else ("cuda" if device == "auto" else device)
     model.requires_grad_(True).train(False)
     torch.nn.Module.to(model, target)  # the subclass's own `to` is wrapped beyond what mypy can follow

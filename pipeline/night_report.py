@@ -22,7 +22,9 @@ def write_night_report(lake: Lake, run_id: str) -> Path:
     folder = lake.folder / "runs" / run_id
     facts = _json(folder / "run.json")
     if facts is None or "mining_id" not in facts:
-        raise LakeError(f"Run {run_id} in {lake.folder} was not mined yet. Run `echomine nightly` to finish it.")
+        raise LakeError(
+            f"Run {run_id} in {lake.folder} was not mined yet. Run `echomine nightly` to finish it."
+        )
     training = _json(folder / str(facts.get("training_id")) / "training.json")
     if training is not None:
         lines = (folder / str(facts["training_id"]) / "metrics.jsonl").read_text().splitlines()
@@ -50,7 +52,9 @@ def run_of_night(lake: Lake, night: date | None) -> str:
         if "night" in facts and (night is None or facts["night"] == night.isoformat()):
             runs.append((facts["night"], path.stat().st_mtime, path.parent.name))
     if not runs:
-        raise LakeError(f"The lake in {lake.folder} has no night {night or ''}. Run `echomine nightly` first.")
+        raise LakeError(
+            f"The lake in {lake.folder} has no night{f' {night}' if night else ' yet'}. Run `echomine nightly` first."
+        )
     return max(runs)[2]
 
 

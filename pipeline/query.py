@@ -10,17 +10,25 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from pipeline.errors import QueryError
+from pipeline.errors import QueryError, said
 
 if TYPE_CHECKING:
     import duckdb
 
-# Functions that would leave the sandbox: other databases, maintenance of the lake, SQL in strings.
-_REFUSED = re.compile(
-    r"(sqlite_|postgres_|mysql_|query$|query_table$|duckdb_secrets|which_secret|read_|parquet_|glob$|sniff_csv|getenv|"
-    r"ducklake_(add|clean|commit|delete|expire|flush|merge|rewrite|set))",
+# Table functions that read the lake, its catalog or nothing at all. The others open files and other
+# databases, maintain the lake, run SQL in strings or read memory, so whatever is not here is refused.
+_TABLE_FUNCTIONS = re.compile(
+    r"range|generate_series|unnest|repeat|repeat_row|json_each|json_tree|histogram|histogram_values|summary"
+    r"|duckdb_(columns|functions|keywords|tables|types|views|settings|schemas|databases)|pragma_table_info"
+    r"|ducklake_(current_snapshot|last_committed_snapshot|list_files|options|settings|snapshots)"
+    r"|ducklake_table_(changes|deletions|info|insertions)",
     re.IGNORECASE,
 )
+# Scalar functions that do more than compute.
+_REFUSED = re.compile(r"getenv|write_log|nextval|sleep_ms|json_execute.*|query|query_table", re.IGNORECASE)
+_FILE = re.compile(r"[/\\]|\.(parquet|csv|tsv|json|jsonl|ndjson|db|duckdb|sqlite|gz|zst)$", re.IGNORECASE)
+_COMMENTS = re.compile(r"\A(\s+|--[^\n]*(\n|\Z)|/\*.*?\*/)+", re.DOTALL)
+_EXPLAIN = re.compile(r"\Aexplain\b(\s+analyze\b|\s*\(\s*(analyze|format)\b[\w\s,]*\))?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -31,48 +39,70 @@ class Selection:
     table: pa.Table
 
 
-def refuse_all_but_reading(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
-    """Raises QueryError unless `sql` is one statement that only reads.
+def reading_only(connection: duckdb.DuckDBPyConnection, sql: str) -> str:
+    """The statement to run for `sql`, which is one statement that only reads.
 
-    The statement is judged by its parse tree, not by its text: a read-only attachment alone would
-    still allow `copy … to` and the table functions that open other database files.
+    It is judged by its parse tree, not by its text: a read-only attachment alone would still allow
+    `copy … to` and the table functions that open other database files.
+
+    Raises:
+        QueryError: it is no SQL, several statements, or does more than reading.
     """
     try:
         statements = connection.extract_statements(sql)
     except Exception as error:
-        raise QueryError(f"The query is no SQL: {error}") from error
-    if len(statements) != 1:
-        raise QueryError(f"The query holds {len(statements)} statements. Give one `select`.")
-    kind = statements[0].type.name
-    if kind == "EXPLAIN":
-        sql = re.sub(r"^\s*explain(\s+analyze|\s*\([^)]*\))?", "", statements[0].query, flags=re.IGNORECASE)
-        return refuse_all_but_reading(connection, sql)
-    if kind != "SELECT":
+        raise QueryError(f"The query is no SQL: {said(error)}. Mend it and ask again.") from error
+    kinds = [statement.type.name for statement in statements]
+    if kinds == ["CREATE", "SELECT"] and re.search(r"\bpivot\b", sql, re.IGNORECASE):
+        raise QueryError("Name the values of the pivot: `pivot … on column in ('a', 'b') using …`.")
+    if len(kinds) != 1:
+        raise QueryError(f"The query holds {len(kinds)} statements. Give one `select`.")
+    if kinds == ["EXPLAIN"]:
+        return _explained(connection, sql)
+    if kinds != ["SELECT"]:
         raise QueryError(
-            f"`echomine sql` only reads, and this is a {kind.lower()} statement. Give a `select`; "
+            f"`echomine sql` only reads, and this is a {kinds[0].lower()} statement. Give a `select`; "
             "nothing was changed."
         )
-    row = connection.execute("select json_serialize_sql($sql)", {"sql": statements[0].query}).fetchone()
+    row = connection.execute("select json_serialize_sql($sql)", {"sql": sql}).fetchone()
     assert row is not None
     tree = json.loads(row[0])
     if tree.get("error"):
-        raise QueryError(f"The query is no plain `select`: {tree.get('error_message', 'not understood')}.")
-    for name in _functions(tree):
-        if _REFUSED.match(name):
-            raise QueryError(
-                f"`echomine sql` only reads this lake, and `{name}` goes beyond it. Leave it out; "
-                "nothing was changed."
-            )
-    return None
+        raise QueryError(
+            f"The query is no plain `select`: {tree.get('error_message', 'not understood')}. Write it as one."
+        )
+    for name in _beyond_the_lake(tree):
+        raise QueryError(
+            f"`echomine sql` only reads this lake, and `{name}` goes beyond it. Leave it out; "
+            "nothing was changed."
+        )
+    return sql
 
 
-def _functions(node: Any) -> Iterator[str]:
-    """The name of every function in a serialized statement."""
+def _explained(connection: duckdb.DuckDBPyConnection, sql: str) -> str:
+    """`explain` before a statement that passes on its own."""
+    text = _COMMENTS.sub("", sql)
+    head = _EXPLAIN.match(text)
+    if head is None:
+        raise QueryError("The query is no plain `explain`. Write `explain select …`; nothing was changed.")
+    return f"{head[0]} {reading_only(connection, text[head.end() :])}"
+
+
+def _beyond_the_lake(node: Any) -> Iterator[str]:
+    """The functions and files of a serialized statement that lead out of the lake."""
     if isinstance(node, dict):
-        if isinstance(node.get("function_name"), str):
-            yield node["function_name"]
+        kind = node.get("type")
+        function, table = node.get("function_name"), node.get("table_name")
+        if kind == "TABLE_FUNCTION":
+            called = str(node["function"].get("function_name"))
+            if not _TABLE_FUNCTIONS.fullmatch(called):
+                yield called
+        elif isinstance(function, str) and _REFUSED.fullmatch(function):
+            yield function
+        elif kind in ("BASE_TABLE", "SHOW_REF") and isinstance(table, str) and _FILE.search(table):
+            yield table
         for child in node.values():
-            yield from _functions(child)
+            yield from _beyond_the_lake(child)
     elif isinstance(node, list):
         for child in node:
-            yield from _functions(child)
+            yield from _beyond_the_lake(child)

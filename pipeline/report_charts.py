@@ -20,6 +20,7 @@ CLASS_COLOURS = {
     "all_equal": "#d9a400",
     "incomplete": "#9aa0a6",
 }
+_ORDER = {name: place for place, name in enumerate(CLASS_COLOURS)}
 OUTCOME_COLOURS = {"success": CLASS_COLOURS["all_success"], "failure": CLASS_COLOURS["all_fail"]}
 _NEUTRAL = "#7a86b8"
 _ROW_PIXELS = 24
@@ -49,26 +50,47 @@ class Chart:
     legend: Mapping[str, str] | None = None
 
 
-def classes_chart(rows: pl.DataFrame, by: str, share: str, title: str, note: str) -> Chart:
+def classes_charts(by_night: pl.DataFrame, by_version: pl.DataFrame) -> list[Chart]:
+    """The class shares of each night and of each policy version, as two charts of one height."""
+    num_bars = max(1, by_night["night"].n_unique(), by_version["policy_version"].n_unique())
+    height = min(_PLOT_PIXELS, _ROW_PIXELS * num_bars)
+    return [
+        _classes_chart(
+            by_night, "night", "night_share", height, "Group classes by night",
+            "Sampled groups of this model. Only mixed groups move the policy gradient.",
+        ),
+        _classes_chart(
+            by_version, "policy_version", "version_share", height, "Group classes by policy version",
+            "Sampled and on-policy groups of this model, by optimizer steps.",
+        ),
+    ]  # fmt: skip
+
+
+def _classes_chart(rows: pl.DataFrame, by: str, share: str, height: int, title: str, note: str) -> Chart:
     """Shares of the group classes, one bar for each value of the column `by`, the newest on top."""
-    order = {name: place for place, name in enumerate(CLASS_COLOURS)}
+    bar_pixels = min(_ROW_PIXELS, height / max(1, rows[by].n_unique())) - 3
     frame = rows.with_columns(
         pl.col(by).cast(pl.String).alias("label"),
         pl.col(by).rank("dense", descending=True).alias("place"),
-        pl.col("group_class").replace_strict(order, default=len(order)).alias("order"),
+        pl.col("group_class").replace_strict(_ORDER, default=len(_ORDER)).alias("order"),
     ).select("label", "place", "group_class", "order", "num_groups", share)
     chart = (
-        alt.Chart(frame, height=_ROW_PIXELS * max(1, frame["label"].n_unique()))
-        .mark_bar()
+        alt.Chart(frame, height=height)
+        .mark_bar(size=bar_pixels)
         .encode(
-            x=alt.X(f"{share}:Q", title="share of groups", axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1])),
-            y=alt.Y("label:N", title=by.replace("_", " "), sort=alt.EncodingSortField("place", op="min")),
+            x=alt.X(
+                f"{share}:Q",
+                title="share of groups",
+                axis=alt.Axis(format="%", tickCount=5),
+                scale=alt.Scale(domain=[0, 1]),
+            ),
+            y=alt.Y("label:N", title=None, sort=alt.EncodingSortField("place", op="min")),
             color=_colours("group_class", CLASS_COLOURS),
             order="order:Q",
             tooltip=[
                 alt.Tooltip("label:N", title=by.replace("_", " ")),
                 alt.Tooltip("group_class:N", title="class"),
-                alt.Tooltip("num_groups:Q", title="groups", format=","),
+                alt.Tooltip("num_groups:Q", title="groups", format=",d"),
                 alt.Tooltip(f"{share}:Q", title="share", format=".1%"),
             ],
         )
@@ -78,22 +100,23 @@ def classes_chart(rows: pl.DataFrame, by: str, share: str, title: str, note: str
 
 def reward_chart(rows: pl.DataFrame) -> Chart:
     """Histogram of the run's rewards, coloured by the class of the rollout's group."""
-    order = {name: place for place, name in enumerate(CLASS_COLOURS)}
-    frame = rows.with_columns(pl.col("group_class").replace_strict(order, default=len(order)).alias("order"))
+    frame = rows.with_columns(
+        pl.col("group_class").replace_strict(_ORDER, default=len(_ORDER)).alias("order")
+    )
     chart = (
         alt.Chart(frame, height=_PLOT_PIXELS)
         .mark_bar(binSpacing=1)
         .encode(
             x=alt.X("bin_start:Q", title="reward", bin="binned"),
             x2="bin_end:Q",
-            y=alt.Y("num_rollouts:Q", title="rollouts", stack="zero"),
+            y=alt.Y("num_rollouts:Q", title="rollouts", stack="zero", axis=_whole_numbers()),
             color=_colours("group_class", CLASS_COLOURS),
             order="order:Q",
             tooltip=[
                 alt.Tooltip("bin_start:Q", title="from", format=".3~f"),
                 alt.Tooltip("bin_end:Q", title="to", format=".3~f"),
                 alt.Tooltip("group_class:N", title="class"),
-                alt.Tooltip("num_rollouts:Q", title="rollouts", format=","),
+                alt.Tooltip("num_rollouts:Q", title="rollouts", format=",d"),
             ],
         )
     )
@@ -104,7 +127,7 @@ def reward_chart(rows: pl.DataFrame) -> Chart:
 def profile_chart(rows: pl.DataFrame) -> Chart:
     """Mean and quartiles of token entropy by relative position, successes apart from failures."""
     base = alt.Chart(rows, height=_PLOT_PIXELS).encode(
-        x=alt.X("position:Q", title="position in the completion", axis=alt.Axis(format="%")),
+        x=alt.X("position:Q", title="position in the completion", axis=alt.Axis(format="%", tickCount=5)),
         color=_colours("outcome", OUTCOME_COLOURS),
     )
     tooltip = [
@@ -114,7 +137,7 @@ def profile_chart(rows: pl.DataFrame) -> Chart:
         alt.Tooltip("lower_quartile:Q", title="lower quartile", format=".3f"),
         alt.Tooltip("median:Q", format=".3f"),
         alt.Tooltip("upper_quartile:Q", title="upper quartile", format=".3f"),
-        alt.Tooltip("num_tokens:Q", title="tokens", format=","),
+        alt.Tooltip("num_tokens:Q", title="tokens", format=",d"),
     ]
     band = base.mark_area(opacity=0.18).encode(
         y=alt.Y("lower_quartile:Q", title="entropy, nats"), y2="upper_quartile:Q"
@@ -122,27 +145,34 @@ def profile_chart(rows: pl.DataFrame) -> Chart:
     median = base.mark_line(strokeWidth=1, strokeDash=[4, 3]).encode(y="median:Q")
     mean = base.mark_line(strokeWidth=2.5).encode(y="mean_entropy:Q")
     touch = base.mark_point(size=90, opacity=0, filled=True).encode(y="mean_entropy:Q", tooltip=tooltip)
-    note = "Token entropy: mean (line), median (dashes) and quartiles (band)."
     chart = alt.layer(band, median, mean, touch)
+    note = "Token entropy: mean (line), median (dashes) and quartiles (band)."
     return _card("Entropy along completions", note, rows, chart, "No entropies in this run.", OUTCOME_COLOURS)
 
 
 def drops_chart(rows: pl.DataFrame) -> Chart:
     """What did not become a clip, by reason. A reason may quote a row, so it is model text."""
-    frame = rows.with_columns(
-        pl.when(pl.col("stage") == "quarantine")
-        .then(pl.lit("quarantine: ") + pl.col("reason"))
-        .otherwise(pl.col("reason"))
-        .map_elements(printable, return_dtype=pl.String)
-        .alias("label")
-    ).select("label", "num_dropped")
+    frame = (
+        rows.with_columns(
+            pl.when(pl.col("stage") == "quarantine")
+            .then(pl.lit("quarantine: ") + pl.col("reason"))
+            .otherwise(pl.col("reason"))
+            .map_elements(printable, return_dtype=pl.String)
+            .alias("label")
+        )
+        .select("label", "num_dropped")
+        .sort("num_dropped", descending=True)
+    )
     bars = alt.Chart(frame, height=_ROW_PIXELS * max(1, frame["label"].n_unique())).encode(
-        x=alt.X("num_dropped:Q", title="dropped", axis=alt.Axis(tickMinStep=1, format=",")),
-        y=alt.Y("label:N", title=None, sort="-x", axis=alt.Axis(labelLimit=260)),
-        tooltip=[alt.Tooltip("label:N", title="reason"), alt.Tooltip("num_dropped:Q", title="dropped", format=",")],
+        x=alt.X("num_dropped:Q", title="dropped", axis=_whole_numbers()),
+        y=alt.Y("label:N", title=None, sort=None, axis=alt.Axis(labelLimit=320)),
+        tooltip=[
+            alt.Tooltip("label:N", title="reason"),
+            alt.Tooltip("num_dropped:Q", title="dropped", format=",d"),
+        ],
     )
     chart = bars.mark_bar(color=_NEUTRAL) + bars.mark_text(align="left", dx=4).encode(
-        text=alt.Text("num_dropped:Q", format=",")
+        text=alt.Text("num_dropped:Q", format=",d")
     )
     note = "Candidate clips by the rule that dropped them (unscored: groups), and rollouts put in quarantine."
     return _card("Drops by reason", note, rows, chart, "Nothing was dropped.")
@@ -162,7 +192,7 @@ def training_charts(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
             alt.Chart(frame, height=130)
             .mark_line(color=_NEUTRAL, strokeWidth=2, point=alt.OverlayMarkDef(color=_NEUTRAL, size=28))
             .encode(
-                x=alt.X("optim_step:Q", title="optimizer step", axis=alt.Axis(tickMinStep=1, format="d")),
+                x=alt.X("optim_step:Q", title="optimizer step", axis=_whole_numbers()),
                 y=alt.Y("value:Q", title=None, scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=4)),
                 tooltip=[
                     alt.Tooltip("optim_step:Q", title="optimizer step"),
@@ -170,9 +200,13 @@ def training_charts(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
                 ],
             )
         )
-        if points:
-            charts.append(_card(title, "", frame, line))
-    return charts
+        charts.append(_card(title, "", frame, line))
+    return [chart for chart in charts if chart.spec]
+
+
+def _whole_numbers() -> alt.Axis:
+    # Vega sets ticks between small counts, and its format would round them.
+    return alt.Axis(tickCount=6, format=",d", labelExpr="datum.value % 1 ? '' : datum.label")
 
 
 def _colours(field: str, colours: Mapping[str, str]) -> alt.Color:
@@ -184,7 +218,7 @@ def _card(
     title: str,
     note: str,
     rows: pl.DataFrame,
-    chart: alt.Chart | alt.LayerChart,
+    chart: alt.Chart | alt.LayerChart | alt.FacetChart,
     empty: str = "",
     legend: Mapping[str, str] | None = None,
 ) -> Chart:
@@ -202,12 +236,15 @@ def _card(
 
 
 def _config() -> alt.Config:
-    font = "system-ui, sans-serif"
     return alt.Config(
-        font=font,
+        font="system-ui, sans-serif",
         view=alt.ViewConfig(stroke=None),
         axis=alt.AxisConfig(
-            labelFontSize=11, titleFontSize=11, titleFontWeight="normal", titlePadding=8, domain=False, ticks=False
+            labelFontSize=11,
+            titleFontSize=11,
+            titleFontWeight="normal",
+            titlePadding=8,
+            domain=False,
+            ticks=False,
         ),
-        axisY=alt.AxisConfig(labelPadding=6),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,6 +18,8 @@ from pipeline.hashing import rollout_id
 from pipeline.records import Group, Judgement, Policy, Prompt, Run, group_id
 from pipeline.steps import SPLITTER, StepSpanError, mean_step_entropies
 from pipeline.tokenization import completion_step_ends, completion_text
+
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ def _problem(row: dict[str, Any]) -> str | None:
         if len(values) != num_tokens:
             return f"{name} has {len(values)} values for {num_tokens} completion tokens"
         array = np.asarray(values, dtype=np.float64)
-        if not np.isfinite(array).all():
+        if not (np.abs(array) <= _FLOAT32_MAX).all():  # NaN fails too
             return f"{name} holds NaN or infinite values"
         if name == "completion_entropies" and (array < 0).any():
             return "completion_entropies holds negative values"
@@ -128,8 +131,19 @@ def _problem(row: dict[str, Any]) -> str | None:
         return "the reward is missing"
     if isinstance(reward, bool) or not isinstance(reward, int | float | np.number):
         return f"the reward {reward!r} is no number"
-    if not np.isfinite(reward):
-        return f"the reward is {reward}"
+    try:
+        finite = math.isfinite(reward)
+    except OverflowError:  # an integer beyond every float
+        finite = False
+    if not finite:
+        return f"the reward is {reward!s:.40}"
+    return _step_problem(num_tokens, row["step_ends"])
+
+
+def _step_problem(num_tokens: int, step_ends: Any) -> str | None:
+    lengths = np.diff(np.asarray(step_ends, dtype=np.int64), prepend=0)
+    if lengths.sum() != num_tokens or (lengths < 1).any():
+        return str(StepSpanError(num_tokens, list(step_ends)))
     return None
 
 
@@ -153,10 +167,9 @@ def rollout_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
 
 
 def _step_entropies(row: dict[str, Any]) -> Any:
-    num_tokens, ends = len(row["completion_ids"]), np.asarray(row["step_ends"], dtype=np.int32)
-    lengths = np.diff(ends, prepend=0)
-    if lengths.sum() != num_tokens or (lengths < 1).any():
-        raise StepSpanError(num_tokens, list(row["step_ends"]))
+    ends = np.asarray(row["step_ends"], dtype=np.int32)
+    if _step_problem(len(row["completion_ids"]), ends):
+        raise StepSpanError(len(row["completion_ids"]), ends.tolist())
     if row.get("completion_entropies") is None:
         return None
     entropies = np.asarray(row["completion_entropies"], dtype=np.float32)
@@ -174,9 +187,7 @@ def quarantine_table(refused: Sequence[Refused]) -> pa.Table:
                 "run_id": _text(item.row.get("run_id")),
                 "group_id": _text(item.row.get("group_id")),
                 "sample_index": _small_integer(item.row.get("sample_index")),
-                "row": json.dumps(
-                    {key: value for key, value in item.row.items() if key != "created_at"}, default=_plain
-                ),
+                "row": json.dumps(_jsonable({k: v for k, v in item.row.items() if k != "created_at"})),
                 "created_at": now,
             }
             for item in refused
@@ -204,12 +215,22 @@ def prompt_table(prompts: Sequence[Prompt]) -> pa.Table:
 
 
 def _text(value: Any) -> str | None:
-    return None if value is None else str(value)
+    # Half a surrogate pair, which JSON can spell and UTF-8 cannot, is kept as its escape.
+    return None if value is None else str(value).encode("utf-8", "backslashreplace").decode()
 
 
 def _small_integer(value: Any) -> int | None:
     return int(value) if isinstance(value, int | np.integer) and abs(int(value)) < 2**31 else None
 
 
-def _plain(value: Any) -> Any:
-    return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)
+def _jsonable(value: Any) -> Any:
+    """What JSON can hold; NaN and infinities, which it cannot, become text."""
+    if isinstance(value, np.ndarray | np.generic):
+        return _jsonable(value.tolist())
+    if isinstance(value, dict):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ def open_run(config: NightlyConfig, lake_folder: Path, today: date | None = None
     lake = Lake.create(lake_folder)
     unfinished = None if config.night else _unfinished(lake.folder, recipe)
     night = config.night or unfinished or today or datetime.now(UTC).date()
-    run_id = content_id(night.isoformat(), recipe)
+    run_id = f"{night.isoformat()}-{content_id(night.isoformat(), recipe)[:12]}"
     run = NightRun(run_id, night, lake.folder, folder, policy, config, resumed=False)
     known = (run.folder / "run.json").is_file()
     if not known:
@@ -115,6 +116,12 @@ def update_facts(run: NightRun, **new: Any) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(facts(run) | new, indent=2) + "\n")
     os.replace(partial, path)
+
+
+def finish(run: NightRun) -> None:
+    """Notes that the night is done; what was staged is in the lake by now."""
+    shutil.rmtree(run.folder / "staging", ignore_errors=True)
+    update_facts(run, done=True)
 
 
 def missing_batches(run: NightRun) -> list[list[str]]:
@@ -203,8 +210,22 @@ def commit(run: NightRun, path: Path) -> Ingested:
     done = ingest(
         run.lake(), rows, [run.run_id] * len(rows), [group.prompt for group in groups], refused
     )
+    update_facts(run, snapshot=None)
     path.unlink()
     return done
+
+
+def sealed_snapshot(run: NightRun) -> int:
+    """The snapshot that was the newest when the night's last group was in; mining starts from there.
+
+    It is noted, so that a resumed night mines the same snapshot although training has written since.
+    """
+    noted = facts(run).get("snapshot")
+    if noted is None:
+        with run.lake().reader() as reader:
+            noted = reader.snapshot
+        update_facts(run, snapshot=noted)
+    return int(noted)
 
 
 def engine_of(run: NightRun) -> TransformersEngine:

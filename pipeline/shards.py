@@ -1,8 +1,8 @@
 """Shards: EchoClips as immutable Parquet files for training, with a manifest that vouches for them.
 
-    folder/latest.json              names the newest complete export
-    folder/<export>/manifest.json   versions, hashes, counts
-    folder/<export>/clips-00000.parquet …
+folder/latest.json              names the newest complete export
+folder/<export>/manifest.json   versions, hashes, counts
+folder/<export>/clips-00000.parquet …
 """
 
 from __future__ import annotations
@@ -90,20 +90,24 @@ def export_shards(lake: Lake, folder: Path, config: ExportConfig, mining_id: str
     """
     excluded_ids, excluded_messages = _excluded(config.exclude_prompts)
     with lake.reader() as reader:
-        minings = reader.rows("select mining_id, config_hash, snapshot from mining_runs order by created_at desc")
+        minings = reader.rows(
+            "select mining_id, config_hash, snapshot from mining_runs order by created_at desc"
+        )
         if not minings:
             raise NothingToMine(f"The lake in {lake.folder} was never mined. Run `echomine mine` first.")
         chosen = [m for m in minings if m["mining_id"].startswith(mining_id or "")]
         if not chosen:
-            raise MiningError(f"The lake in {lake.folder} has no mining {mining_id}. See `echomine sql \"from mining_runs\"`.")
+            raise MiningError(
+                f'The lake in {lake.folder} has no mining {mining_id}. See `echomine sql "from mining_runs"`.'
+            )
         mining = chosen[0]
         rows = reader.table(sql_file("staging/shard_rows"), {"mining_id": mining["mining_id"]})
     rows, dropped = _selected(rows, config, excluded_ids, excluded_messages)
     hashes = pc.unique(rows["tokenizer_hash"]).to_pylist()
     if len(hashes) > 1:
         raise MiningError(
-            f"Mining {mining['mining_id'][:12]} has clips of {len(hashes)} tokenizers, which cannot share a shard. "
-            "Mine one run at a time (`echomine mine --run RUN`), then export."
+            f"Mining {mining['mining_id'][:12]} has clips of {len(hashes)} tokenizers, which cannot share "
+            "a shard. Mine one run at a time (`echomine mine --run RUN`), then export."
         )
     settings = config.model_dump(mode="json", exclude={"exclude_prompts"}) | {
         "excluded": content_id(sorted(excluded_ids), sorted(excluded_messages))
@@ -121,12 +125,22 @@ def export_shards(lake: Lake, folder: Path, config: ExportConfig, mining_id: str
         "clip_tokens": _total(rows["clip_ids"]),
     }
     target = folder.absolute() / export_id
-    if not (target / "manifest.json").is_file():
+    if _is_complete(target):
+        manifest = _read_manifest(target / "manifest.json")
+    else:
         manifest = _write(rows, target, manifest, config.clips_per_shard)
-        lake.commit({"shards": _shard_rows(target, manifest)})
-    manifest = json.loads((target / "manifest.json").read_text())
+    lake.commit({"shards": _shard_rows(target, manifest)})
     _replace_json(folder.absolute() / "latest.json", {"export": export_id, "mining_id": mining["mining_id"]})
     return Export(target, manifest["clips"], manifest["dropped"], manifest)
+
+
+def _is_complete(target: Path) -> bool:
+    """Whether an export is there with all its files as they were written."""
+    try:
+        files = _read_manifest(target / "manifest.json")["files"]
+        return all(file_sha256(target / Path(file["file"]).name) == file["sha256"] for file in files)
+    except (FormatError, OSError):
+        return False
 
 
 def _excluded(source: Path | None) -> tuple[set[str], set[str]]:
@@ -140,7 +154,9 @@ def _excluded(source: Path | None) -> tuple[set[str], set[str]]:
             raise FormatError(f"Cannot read {source}: {error}. Check --exclude-prompts.") from error
     prompts = read_prompts(str(source))
     # Messages too: the same question with another ground truth is still the evaluation's question.
-    messages = {json.dumps([dict(message) for message in prompt.messages], ensure_ascii=False) for prompt in prompts}
+    messages = {
+        json.dumps([dict(message) for message in prompt.messages], ensure_ascii=False) for prompt in prompts
+    }
     return {prompt.prompt_id for prompt in prompts}, messages
 
 
@@ -178,7 +194,8 @@ def _write(rows: pa.Table, target: Path, manifest: dict[str, Any], clips_per_sha
         return complete
     except OSError as error:
         raise LakeError(
-            f"Cannot write shards to {target}: {error.strerror or error}. Choose another folder; nothing is half-written."
+            f"Cannot write shards to {target}: {error.strerror or error}. "
+            "Choose another folder; nothing is half-written."
         ) from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -220,9 +237,7 @@ def load_clips(folder: Path, tokenizer_hash: str) -> list[Clip]:
         UnknownTokenizer: another tokenizer's clips.
     """
     manifest_path = _newest_manifest(folder)
-    manifest = _read_json(manifest_path)
-    if manifest.get("schema_version", 0) > SHARD_VERSION:
-        raise FormatError(f"{manifest_path} has format {manifest['schema_version']}. Update EchoMine to read it.")
+    manifest = _read_manifest(manifest_path)
     if manifest["clips"] and manifest["tokenizer_hash"] != tokenizer_hash:
         raise UnknownTokenizer(str(manifest["tokenizer_hash"]), manifest_path.parent)
     clips: list[Clip] = []
@@ -251,7 +266,27 @@ def _newest_manifest(folder: Path) -> Path:
         manifest = folder / Path(str(_read_json(folder / "latest.json").get("export"))).name / "manifest.json"
         if manifest.is_file():
             return manifest
-    raise FormatError(f"{folder} holds no shards (no manifest.json or latest.json). Run `echomine export shards`.")
+    raise FormatError(
+        f"{folder} holds no shards (no manifest.json or latest.json). Run `echomine export shards`."
+    )
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    manifest = _read_json(path)
+    version = manifest.get("schema_version")
+    if isinstance(version, int) and version > SHARD_VERSION:
+        raise FormatError(f"{path} has format {version}. Update EchoMine to read it.")
+    files = manifest.get("files")
+    complete = {"schema_version", "clips", "tokenizer_hash", "dropped"} <= manifest.keys()
+    if (
+        not complete
+        or not isinstance(files, list)
+        or not all(
+            isinstance(file, dict) and {"file", "sha256", "clips", "tokens"} <= file.keys() for file in files
+        )
+    ):
+        raise FormatError(f"{path} is no manifest of shards. Export the shards again.")
+    return manifest
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -34,7 +34,9 @@ STAGED = pa.schema(
 )
 
 
-def stage(path: Path, groups: Sequence[Group], judgements: Sequence[Sequence[Judgement]] | None = None) -> Path:
+def stage(
+    path: Path, groups: Sequence[Group], judgements: Sequence[Sequence[Judgement]] | None = None
+) -> Path:
     """Writes groups, and what was said of them if they were judged; complete or not at all."""
     rows: list[dict[str, Any]] = []
     for i, group in enumerate(groups):

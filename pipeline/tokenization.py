@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from pipeline.errors import ModelError
+from pipeline.errors import ModelError, said
 from pipeline.hashing import content_id
 from pipeline.steps import step_ends
 
@@ -30,7 +30,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for files that are damaged
-        raise ModelError(f"The tokenizer in {folder} cannot be read: {error}. Copy it there anew.") from error
+        raise ModelError(
+            f"The tokenizer in {folder} cannot be read: {said(error)}. Copy it there anew."
+        ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ModelError(f"{folder} holds a slow tokenizer. Save its fast form (tokenizer.json) there.")
     return tokenizer

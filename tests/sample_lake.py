@@ -22,7 +22,7 @@ from pipeline.steps import SPLITTER
 from pipeline.tokenization import completion_step_ends, tokenizer_hash
 
 # Every ASCII character, and a few that pages and scripts stumble over.
-CHARACTERS = [chr(code) for code in range(128)] + ["é", "π", "\u0085", "\u2028", "\u2029", "\u202e", "\ufeff", "🙂"]
+CHARACTERS = [*map(chr, range(128)), *"éπ🙂", "\u0085", "\u2028", "\u2029", "\u202e", "\ufeff"]
 EOS_ID = len(CHARACTERS)
 
 
@@ -134,7 +134,9 @@ def sample_lake(folder: Path) -> SampleLake:
         builder.add_group(ways, [1.0, 1.0], question="What is 40+2?", **facts)
         builder.add_group(ways[:1], [1.0], question="What is 41+1?", **facts, origin="expert")
     unscored = {"completion_entropies": None, "entropy_kind": None}
-    builder.add_group(["#3", "#3"], [1.0, 1.0], question="What is 1+2?", run_id="run-3", model="other", **unscored)
+    builder.add_group(
+        ["#3", "#3"], [1.0, 1.0], question="What is 1+2?", run_id="run-3", model="other", **unscored
+    )
     builder.add_group(["#6", "#6"], [1.0, 0.0], policy_version=9, run_id="training-1", origin="trainer")
     lake = builder.commit([Refused("the verifier took longer than 10 s", "run-2", {"run_id": "run-2"})])
     mining = mine(lake, MiningConfig(clips_per_group=2, max_policy_lag=7))

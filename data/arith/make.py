@@ -1,7 +1,7 @@
 """Makes the embedded default model: `python data/arith/make.py`, about 30 minutes on two cores.
 
 Writes beside itself `prompts.jsonl` (128 problems) and `model/` (tokenizer, config and weights): a
-Llama of 1.6 M parameters that reads one character a token and was trained by supervised learning on
+Llama of 1.3 M parameters that reads one character a token and was trained by supervised learning on
 random solutions of random problems, none of them among the prompts. Seeds are fixed; the weights are
 the same on the same machine and thread count.
 """
@@ -57,8 +57,8 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=128,
-            intermediate_size=512,
-            num_hidden_layers=6,
+            intermediate_size=640,
+            num_hidden_layers=4,
             num_attention_heads=2,
             num_key_value_heads=2,
             head_dim=64,
@@ -125,9 +125,9 @@ def train(model: LlamaForCausalLM, stream, steps: int, peak_lr: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write into")
-    parser.add_argument("--steps", type=int, default=2800, help="optimizer steps")
-    parser.add_argument("--tokens-per-step", type=int, default=6000, help="tokens a step, padding included")
-    parser.add_argument("--lr", type=float, default=2.5e-3, help="peak learning rate")
+    parser.add_argument("--steps", type=int, default=3200, help="optimizer steps")
+    parser.add_argument("--tokens-per-step", type=int, default=5000, help="tokens a step, padding included")
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     options = parser.parse_args()
 
     options.out.mkdir(parents=True, exist_ok=True)

@@ -56,10 +56,10 @@ def problem(rng: random.Random) -> list[Term]:
     """A sum of one to five terms, a few of them products, whose value is not negative."""
     while True:
         kind = rng.random()
-        if kind < 0.06:
+        if kind < 0.08:
             terms = [Term(1, rng.randint(11, 39), rng.randint(11, 39))]
         elif kind < 0.20:
-            terms = [Term(1, rng.randint(11, 49), rng.randint(2, 9))]
+            terms = [Term(1, rng.randint(11, 29), rng.randint(2, 9))]
             if rng.random() < 0.5:
                 terms.append(Term(rng.choice([1, -1]), _regroupable(rng)))
         elif kind < 0.35:
@@ -75,12 +75,12 @@ def _random_term(rng: random.Random) -> Term:
     sign = rng.choice([1, 1, -1])
     if rng.random() < 0.06:
         return Term(sign, rng.randint(2, 9), rng.randint(2, 9))
-    return Term(sign, rng.randint(2, 9) if rng.random() < 0.3 else rng.randint(10, 69))
+    return Term(sign, rng.randint(2, 9) if rng.random() < 0.3 else rng.randint(10, 39))
 
 
 def _regroupable(rng: random.Random) -> int:
     """A number with tens and ones, so that even a sum of two has more than one solution."""
-    return rng.randint(1, 6) * 10 + rng.randint(1, 9)
+    return rng.randint(1, 3) * 10 + rng.randint(1, 9)
 
 
 def solution(terms: list[Term], rng: random.Random) -> str:

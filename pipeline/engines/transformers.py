@@ -139,8 +139,8 @@ class TransformersEngine:
         for request, prompt in zip(requests, prompts, strict=True):
             if limit is not None and len(prompt) + sampling.max_tokens > limit:
                 raise PromptError(
-                    f"Prompt {request.prompt.prompt_id} ({request.prompt.text[:40]!r}) has {len(prompt)} tokens; "
-                    f"with sampling.max_tokens = {sampling.max_tokens} it exceeds the model's {limit}. "
+                    f"Prompt {request.prompt.prompt_id} ({request.prompt.text[:40]!r}) has {len(prompt)} "
+                    f"tokens; with sampling.max_tokens = {sampling.max_tokens} it exceeds the model's {limit}. "
                     "Lower max_tokens or shorten the prompt."
                 )
 
@@ -158,7 +158,9 @@ def _sample(
         token ids [B]; their log-probs [B] at temperature 1 before truncation, nats; entropies [B], nats.
     """
     raw = torch.log_softmax(logits, dim=-1)
-    tempered = raw if sampling.temperature == 1.0 else torch.log_softmax(logits / sampling.temperature, dim=-1)
+    tempered = (
+        raw if sampling.temperature == 1.0 else torch.log_softmax(logits / sampling.temperature, dim=-1)
+    )
     measured = tempered if entropy_kind == "full_vocab_tempered" else raw
     entropies = -(measured.exp() * measured).sum(dim=-1)
     probabilities = _truncated(tempered.exp(), sampling).double()

@@ -16,7 +16,6 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -71,10 +70,17 @@ def import_canonical(
     check_files(files)
     group_sizes: Counter[str] = Counter()
     expected: Counter[str] = Counter()
-    for _, row in _rows(files):
+    places: set[tuple[str, str]] = set()
+    for source, row in _rows(files):
         if isinstance(row, dict) and isinstance(row.get("group_id"), str):
-            expected[row["group_id"]] += 1
-            group_sizes[row["group_id"]] += row.get("origin") != "expert"
+            group, index = row["group_id"], row.get("sample_index")
+            expected[group] += 1
+            # A rollout that is there twice is one; a row without a valid index is one that was lost.
+            place = group, str(index) if _is_count(index) else f"{source} {len(places)}"
+            if row.get("origin") != "expert" and place not in places:
+                places.add(place)
+                group_sizes[group] += 1
+    places.clear()
     run_id = "import-" + content_id(sorted(file_sha256(path) for path in files))[:16]
     dump = _Dump(
         tokenizer, tokenizer_hash(tokenizer), len(tokenizer), run_id, datetime.now(UTC).date(), group_sizes
@@ -143,8 +149,11 @@ def _rows(files: Sequence[Path]) -> Iterator[tuple[str, Any]]:
 
 def _parsed(line: str) -> Any:
     try:
-        return json.loads(line)
-    except ValueError:
+        parsed = json.loads(line)
+        if "\\ud" in line.lower():
+            json.dumps(parsed, ensure_ascii=False).encode()  # half a surrogate pair is no text
+        return parsed
+    except (ValueError, RecursionError):
         return line
 
 
@@ -173,13 +182,17 @@ def _completed(row: Any, dump: _Dump) -> tuple[dict[str, Any], Prompt | None]:
         FormatError: the reason it is refused.
     """
     if not isinstance(row, dict):
-        raise FormatError("no JSON object")
+        raise FormatError("no JSON object in valid Unicode")
     for name in REQUIRED:
         if name not in row:
             raise FormatError(f"column `{name}` is missing")
-    given = {name: value for name, value in row.items() if name in schema.ROLLOUTS.names and value is not None}
+    given = {
+        name: value for name, value in row.items() if name in schema.ROLLOUTS.names and value is not None
+    }
     if given.get("tokenizer_hash", dump.tokenizer_hash) != dump.tokenizer_hash:
-        raise FormatError(f"unknown tokenizer {str(given['tokenizer_hash'])[:12]}, not the one of --tokenizer")
+        raise FormatError(
+            f"unknown tokenizer {str(given['tokenizer_hash'])[:12]}, not the one of --tokenizer"
+        )
     if not isinstance(given.get("group_id"), str) or not _is_count(given.get("sample_index")):
         raise FormatError("group_id must be text and sample_index a whole number from 0")
     completion_ids = _token_ids(given.get("completion_ids"), "completion_ids", dump)
@@ -201,7 +214,7 @@ def _completed(row: Any, dump: _Dump) -> tuple[dict[str, Any], Prompt | None]:
         "entropy_kind": "full_vocab" if entropies is not None else None,
         "logprobs_kind": "raw" if row.get("completion_logprobs") is not None else None,
         "step_ends": completion_step_ends(dump.tokenizer, completion_ids),
-        "splitter": SPLITTER,
+        "splitter": SPLITTER if "step_ends" not in given else "given",
         "created_at": dump.now,
     }
     fixed = {
@@ -221,17 +234,20 @@ def _fits(row: dict[str, Any]) -> dict[str, Any]:
     """The row, if each scalar fits its column; a wrong type is this row's fault, not the batch's."""
     if isinstance(row["night"], str):
         row["night"] = _date(row["night"])
-    for name in ("reward_parts",):
-        if isinstance(row.get(name), dict):
-            row[name] = list(row[name].items())
+    if isinstance(row["created_at"], str):
+        row["created_at"] = _time(row["created_at"])
+    if isinstance(row.get("reward_parts"), dict):
+        row["reward_parts"] = list(row["reward_parts"].items())
     for column in schema.ROLLOUTS:
         value = row.get(column.name)
-        if value is None or column.name in ("reward", "completion_entropies", "completion_logprobs", "created_at"):
+        if value is None or column.name in ("reward", "completion_entropies", "completion_logprobs"):
             continue
         try:
             pa.array([value], column.type)
         except (pa.ArrowException, TypeError, ValueError, OverflowError):
-            raise FormatError(f"column `{column.name}` holds {value!r:.60}, which is no {column.type}") from None
+            raise FormatError(
+                f"column `{column.name}` holds {value!r:.60}, which is no {column.type}"
+            ) from None
     return row
 
 
@@ -240,6 +256,14 @@ def _date(text: str) -> date:
         return date.fromisoformat(text)
     except ValueError:
         raise FormatError(f"night {text!r:.40} is no date like 2026-05-31") from None
+
+
+def _time(text: str) -> datetime:
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError:
+        raise FormatError(f"created_at {text!r:.40} is no time like 2026-05-31T02:00:00Z") from None
+    return time if time.tzinfo else time.replace(tzinfo=UTC)
 
 
 def _prompt(row: dict[str, Any], dump: _Dump) -> tuple[list[int], Prompt | None]:
@@ -277,10 +301,10 @@ def _nats(row: dict[str, Any], name: str) -> list[float] | None:
     )
     if not numbers:
         raise FormatError(f"column `{name}` is no list of numbers")
-    # what float32 cannot hold would only be noticed as infinite after the batch is written
-    if not np.isfinite(np.asarray(values, dtype=np.float32)).all():
-        raise FormatError(f"{name} holds NaN or infinite values")
-    return list(values)
+    try:
+        return [float(value) for value in values]
+    except OverflowError:  # an integer beyond every float
+        raise FormatError(f"{name} holds NaN or infinite values") from None
 
 
 def _is_count(value: Any) -> bool:

@@ -74,9 +74,12 @@ def test_a_clip_without_its_rollout_is_found(sample_lake):
 def test_clips_of_truncated_or_failed_rollouts_and_unscored_or_empty_ones_are_sound(sample_lake):
     truncated = rollout(0) | {"finish_reason": "length"}
     failed = rollout(1) | {"reward": 0.0}
-    unscored = rollout(2) | {"completion_entropies": None, "step_entropies": None, "completion_logprobs": None}
-    empty = rollout(3) | {
-        "completion_ids": [], "completion_logprobs": [], "completion_entropies": [], "step_ends": [], "step_entropies": []
-    }  # fmt: skip
+    unscored = rollout(2) | {
+        "completion_entropies": None,
+        "step_entropies": None,
+        "completion_logprobs": None,
+    }
+    lists = ("completion_ids", "completion_logprobs", "completion_entropies", "step_ends", "step_entropies")
+    empty = rollout(3) | {name: [] for name in lists}
     clips = [{"mining_id": "m", "clip_id": name, "rollout_id": name} for name in ("r0", "r1")]
     assert found(sample_lake, [truncated, failed, unscored, empty], clips) == {}

@@ -19,14 +19,14 @@ from pipeline.errors import LakeError, MiningError
 from pipeline.mine import mine
 from pipeline.records import Prompt
 from pipeline.report import write_report
-from pipeline.report_charts import CLASS_COLOURS, classes_chart, training_charts
+from pipeline.report_charts import CLASS_COLOURS, classes_charts, training_charts
 from pipeline.report_clips import clip_views
 from pipeline.report_text import embedded_json, number, percent, printable, with_newlines_marked
 from pipeline.rollouts import Refused, prompt_table
 
 TAKE = "document.title='taken'"
 HOSTILE = (
-    f"</script><script>{TAKE}</script><img src=x onerror=\"{TAKE}\"><svg onload={TAKE}>{{{{ 6*7777 }}}}"
+    f'</script><script>{TAKE}</script><img src=x onerror="{TAKE}"><svg onload={TAKE}>{{{{ 6*7777 }}}}'
     f"{{% raw %}}'\"&lt;\u2028\u202e\ufeff\x00\x07\x1b\x7f\u0085]]><!--\n</div></main>`${{{TAKE}}}`\n#42"
 )
 HOSTILE_NAME = HOSTILE.replace("\x00", "")  # names are paths or come from files, which hold no NUL
@@ -113,7 +113,9 @@ def hostile_report(tmp_path) -> Path:
     mining = mine(lake, MiningConfig())
     timings = {"generate_seconds": 1.0, HOSTILE: 1.0}
     path = tmp_path / "report.html"
-    return write_report(lake, HOSTILE_NAME, mining.mining_id, builder.tokenizer, path, timings, {"metrics": METRICS})
+    return write_report(
+        lake, HOSTILE_NAME, mining.mining_id, builder.tokenizer, path, timings, {"metrics": METRICS}
+    )
 
 
 def test_every_chart_is_drawn_and_the_console_stays_empty(chromium, report_of, tmp_path):
@@ -135,7 +137,9 @@ def test_a_script_in_model_text_never_runs(chromium, hostile_report, tmp_path):
 
 def test_an_error_on_the_console_would_be_seen(chromium, tmp_path):
     page = tmp_path / "page.html"
-    page.write_text("<title>a</title><script>document.title='b'; console.error('c'); throw Error('d')</script>")
+    page.write_text(
+        "<title>a</title><script>document.title='b'; console.error('c'); throw Error('d')</script>"
+    )
     seen = opened(chromium, page, tmp_path / "profile")
     assert seen.title == "b"
     assert len(seen.console) == 2
@@ -172,9 +176,7 @@ def test_no_hidden_character_of_model_text_reaches_the_page(hostile_report):
 def test_the_key_figures_are_those_of_the_run(report_of, sample_lake):
     figures = dict(re.findall(r"<dt>(.*?)<small>.*?</dt><dd>(.*?)</dd>", report_of().read_text()))
     with sample_lake.lake.reader() as reader:
-        rows = reader.rows(
-            "select group_class, num_rollouts, num_tokens from groups where run_id = 'run-2' and origin = 'policy'"
-        )
+        rows = reader.rows("select * from groups where run_id = 'run-2' and origin = 'policy'")
         clips = reader.rows("select count(*) as n from echo_clips")[0]["n"]
     tokens = sum(row["num_tokens"] for row in rows)
     untaught = sum(row["num_tokens"] for row in rows if row["group_class"] not in ("mixed", "incomplete"))
@@ -241,13 +243,20 @@ def test_a_night_without_clips_training_or_history_is_reported(chromium, tmp_pat
     page = opened(chromium, path, tmp_path / "profile")
     assert page.console == []
     assert page.num_drawn == 3
-    for words in ("This mining kept no clip.", "No entropies in this run.", "Nothing was dropped.", "unnamed model"):
+    for words in (
+        "This mining kept no clip.",
+        "No entropies in this run.",
+        "Nothing was dropped.",
+        "unnamed model",
+    ):
         assert words in page.dom
     assert "<h2>Training</h2>" not in page.dom
 
 
 def test_a_training_without_a_finite_value_of_a_measure_has_no_chart_of_it():
-    charts = training_charts([{"optim_step": 0, "rl_loss": 0.1, "grad_norm": float("inf"), "echo_loss": None}])
+    charts = training_charts(
+        [{"optim_step": 0, "rl_loss": 0.1, "grad_norm": float("inf"), "echo_loss": None}]
+    )
     assert [chart.title for chart in charts] == ["RL loss"]
     assert training_charts([]) == []
 
@@ -256,7 +265,8 @@ def test_a_class_has_the_same_colour_whichever_classes_a_night_has():
     rows = pl.DataFrame(
         {"night": [date(2026, 3, 1)], "group_class": ["mixed"], "num_groups": [3], "night_share": [1.0]}
     )
-    spec = classes_chart(rows, "night", "night_share", "", "").spec
+    versions = rows.rename({"night": "policy_version", "night_share": "version_share"})
+    spec = classes_charts(rows, versions)[0].spec
     assert spec is not None
     scale = spec["encoding"]["color"]["scale"]
     assert dict(zip(scale["domain"], scale["range"], strict=True)) == CLASS_COLOURS
@@ -273,7 +283,13 @@ def test_text_is_made_harmless_and_visible():
 
 
 def test_figures_are_readable_and_unknown_ones_a_dash():
-    assert [number(value) for value in (None, float("nan"), 0, 12_345, 1_234_567)] == ["–", "–", "0", "12,345", "1.23 M"]
+    assert [number(value) for value in (None, float("nan"), 0, 12_345, 1_234_567)] == [
+        "–",
+        "–",
+        "0",
+        "12,345",
+        "1.23 M",
+    ]
     assert number(0.125, 2) == "0.12"
     assert (percent(1, 8), percent(0, 0)) == ("12.5 %", "–")
 

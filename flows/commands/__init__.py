@@ -1,0 +1,1 @@
+"""The commands of `echomine`, by topic. Their heavy imports stand in the functions: `--help` is instant."""

@@ -1,0 +1,146 @@
+"""`echomine mine`, `export` and `train`: from groups to clips, to shards, to optimizer steps."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+
+from flows.commands.group import EXAMPLE, Commands, echomine
+from flows.commands.output import counted, print_json
+from flows.options import common_options, json_option, night_settings, section_options
+from pipeline.config import ExportConfig, MiningConfig, TrainConfig, load_config
+from pipeline.errors import NothingToMine
+
+
+@echomine.command(
+    short_help="Find the EchoClips of the lake's groups.",
+    epilog=EXAMPLE + "echomine mine --clips-per-group 2 --max-policy-lag 100 --json",
+)
+@common_options
+@json_option
+@section_options(MiningConfig)
+@click.option("--snapshot", type=click.IntRange(min=0), help="mine the lake as of this snapshot")
+@click.option(
+    "--since-snapshot", type=click.IntRange(min=0), help="only groups touched since, with all their rollouts"
+)
+@click.option("--run", "run_id", help="only groups of this run")
+def mine(
+    lake: Path,
+    config: Path | None,
+    as_json: bool,
+    snapshot: int | None,
+    since_snapshot: int | None,
+    run_id: str | None,
+    **options: Any,
+) -> None:
+    """Find the EchoClips of the lake's zero-advantage groups and record them."""
+    settings = load_config(config, {"mining": options}).mining
+    from pipeline.lake import Lake
+    from pipeline.mine import mine as mine_lake
+
+    mined = mine_lake(Lake.open(lake), settings, snapshot, since_snapshot, run_id)
+    if as_json:
+        print_json(mined.as_dict())
+    else:
+        click.echo(f"mining {mined.mining_id} of snapshot {mined.snapshot}: {mined.clips} EchoClips")
+        click.echo("groups   " + counted(mined.groups))
+        click.echo("dropped  " + counted(mined.dropped))
+    if not mined.clips:
+        raise NothingToMine("Nothing to mine: no clip was kept. The counts say which rule dropped what.")
+
+
+@echomine.group(
+    cls=Commands,
+    short_help="Write mined clips for training.",
+    epilog=EXAMPLE + "echomine export shards data/shards",
+)
+def export() -> None:
+    """Write mined clips for training."""
+
+
+@export.command(
+    short_help="Parquet shards with a manifest.",
+    epilog=EXAMPLE + "echomine export shards data/shards --exclude-prompts eval.jsonl --max-tokens 4096",
+)
+@click.argument("folder", type=click.Path(path_type=Path))
+@common_options
+@json_option
+@section_options(ExportConfig)
+@click.option("--mining", "mining_id", help="which mining's clips; default: the newest")
+def shards(
+    folder: Path, lake: Path, config: Path | None, as_json: bool, mining_id: str | None, **options: Any
+) -> None:
+    """Parquet shards of EchoClips with a manifest; FOLDER/latest.json names the newest export."""
+    settings = load_config(config, {"export": options}).export
+    from pipeline.lake import Lake
+    from pipeline.shards import export_shards
+
+    done = export_shards(Lake.open(lake), folder, settings, mining_id)
+    if as_json:
+        print_json({"folder": str(done.folder), **done.manifest})
+    else:
+        click.echo(f"{done.clips} clips in {done.folder}; left out: {counted(done.dropped)}")
+    if not done.clips:
+        raise NothingToMine("No clip was left to export. The counts say which rule left out what.")
+
+
+@echomine.command(
+    short_help="Train on-policy beside the EchoClips of shards.",
+    epilog=EXAMPLE + "echomine train data/shards --optim-steps 20 --echo-weight 0.001",
+)
+@click.argument("shards", type=click.Path(path_type=Path))
+@common_options
+@json_option
+@click.option("--model", help="arith, smollm2, or a Hugging Face model folder")
+@click.option("--prompts", help="Parquet or JSONL file, or reasoning_gym:<task>?size=N&…")
+@click.option("--verifier", help="exact, math, reasoning_gym, or module:function")
+@section_options(TrainConfig)
+def train(
+    shards: Path,
+    lake: Path,
+    config: Path | None,
+    as_json: bool,
+    model: str | None,
+    prompts: str | None,
+    verifier: str | None,
+    **options: Any,
+) -> None:
+    """Train on-policy (GRPO) beside the EchoClips of SHARDS; its rollouts go into the lake."""
+    settings = load_config(config, {**night_settings(model, prompts, None, verifier, None), "train": options})
+    from flows.progress import training_progress
+    from pipeline.lake import Lake
+    from pipeline.models import model_folder
+    from pipeline.preflight import check_night
+    from pipeline.prompts import read_prompts
+    from pipeline.records import Run
+    from pipeline.shards import load_clips
+    from pipeline.tokenization import load_tokenizer, tokenizer_hash
+    from trainer.night import train_on_shards
+
+    check_night(settings)
+    folder = model_folder(settings.model)
+    load_clips(shards, tokenizer_hash(load_tokenizer(folder)))  # bad shards must not cost a new lake
+    run = Run("train", settings.night or datetime.now(UTC).date(), "trainer")
+    with training_progress(settings.train.optim_steps) as progress:
+        result = train_on_shards(
+            Lake.create(lake),
+            run,
+            folder,
+            settings.model,
+            read_prompts(settings.prompts, settings.max_prompts),
+            shards,
+            settings.train,
+            settings.sampling,
+            settings.engine,
+            settings.verify,
+            settings.mining,
+            progress,
+        )
+    if as_json:
+        print_json(result)
+    else:
+        click.echo(f"{result['optim_steps']} optimizer steps; checkpoint in {result['checkpoint']}")
+        click.echo(f"EchoClip loss {result['echo_loss_before']} → {result['echo_loss_after']} nats/token")

@@ -1,0 +1,99 @@
+"""`echomine nightly` and `echomine generate`: a night, or its first half."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import click
+
+from flows.commands.group import EXAMPLE, echomine
+from flows.commands.output import note, print_counts, print_json
+from flows.options import common_options, json_option, night_options, night_settings
+from pipeline.config import load_config
+from pipeline.errors import NothingToMine
+
+
+@echomine.command(
+    short_help="Run a night: generate to train, and report.",
+    epilog=EXAMPLE + 'echomine nightly --model arith --serve --cron "0 2 * * *"',
+)
+@common_options
+@json_option
+@night_options
+@click.option("--serve", is_flag=True, help="keep running and start a night whenever --cron says")
+@click.option("--cron", default="0 2 * * *", show_default=True, help="when a served night starts, in UTC")
+def nightly(
+    lake: Path,
+    config: Path | None,
+    as_json: bool,
+    model: str | None,
+    prompts: str | None,
+    max_prompts: int | None,
+    verifier: str | None,
+    night: datetime | None,
+    serve: bool,
+    cron: str,
+) -> None:
+    """Run one night: generate, verify, commit, mine, export, train and report."""
+    settings = load_config(config, night_settings(model, prompts, max_prompts, verifier, night))
+    from flows import embedded
+    from pipeline.preflight import check_night
+
+    check_night(settings)
+    if serve:
+        embedded.serve_nightly(settings, lake.absolute(), cron)
+        return
+    result = embedded.run_nightly(settings, lake.absolute())
+    if as_json:
+        print_json(result)
+    else:
+        from rich.console import Console
+
+        from flows.announce import print_summary
+
+        print_summary(result, Console(highlight=False))
+    if not result["mining"]["clips"]:
+        raise NothingToMine("The night is done, and no clip was found in it.")
+
+
+@echomine.command(
+    short_help="Generate, verify and commit a night's rollouts.",
+    epilog=EXAMPLE + "echomine generate --prompts 'reasoning_gym:chain_sum?size=64' --verifier reasoning_gym",
+)
+@common_options
+@json_option
+@night_options
+def generate(
+    lake: Path,
+    config: Path | None,
+    as_json: bool,
+    model: str | None,
+    prompts: str | None,
+    max_prompts: int | None,
+    verifier: str | None,
+    night: datetime | None,
+) -> None:
+    """Generate, verify and commit a night's rollouts, without mining or training."""
+    settings = load_config(config, night_settings(model, prompts, max_prompts, verifier, night))
+    from flows.progress import bar
+    from pipeline import runs
+    from pipeline.ingest import Ingested
+    from pipeline.preflight import check_night
+
+    check_night(settings)
+    run = runs.open_run(settings, lake)
+    batches, done = runs.missing_batches(run), Ingested()
+    with bar("generating", len(batches)) as update:
+        for number, prompt_ids in enumerate(batches, start=1):
+            done += runs.commit(run, runs.verify(run, runs.generate(run, prompt_ids)))
+            update(number)
+    counts: dict[str, Any] = {"run_id": run.run_id, "night": str(run.night), **asdict(done)}
+    print_counts(as_json, counts)
+    if done.refused:
+        note(
+            f"The verifier gave no reward for {done.refused} of these rollouts; their groups are incomplete and "
+            'are not mined. See `echomine sql "select reason, row from quarantine"`.'
+        )

@@ -1,0 +1,40 @@
+"""What a night needs is looked at before anything starts: a mistake shows in seconds, and costs nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from pipeline.config import NightlyConfig
+from pipeline.errors import ModelError, said
+from pipeline.models import model_folder
+from pipeline.prompts import read_prompts
+from pipeline.rewards import VerifierPool
+from pipeline.tokenization import load_tokenizer
+from pipeline.verifiers import BUILT_IN, check_name
+
+
+def check_night(config: NightlyConfig) -> None:
+    """Raises an EchoMineError if the prompts, the model, its tokenizer or the verifier cannot be used."""
+    check_name(config.verify.verifier)
+    read_prompts(config.prompts, config.max_prompts)
+    folder = model_folder(config.model)
+    load_tokenizer(folder)
+    check_weights(folder)
+    if config.verify.verifier not in BUILT_IN:
+        # a process of its own imports it, as it will tonight
+        with VerifierPool(config.verify):
+            pass
+
+
+def check_weights(folder: Path) -> None:
+    """Raises ModelError if a weights file is cut off or no safetensors; reads headers only."""
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="np"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"{path} is no whole safetensors file: {said(error)}. Copy it there anew."
+            ) from error

@@ -1,0 +1,72 @@
+"""Fixtures for tests of the command."""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import dumps
+import pytest
+
+from flows.cli import main
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture(scope="session")
+def lake(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An imported and mined lake. It is shared: tests only read it, and no mistake may change it."""
+    folder = tmp_path_factory.mktemp("mined")
+    dump = dumps.write_jsonl(folder / "night.jsonl", dumps.night())
+    assert (
+        main(
+            ["import", "rollouts", str(dump), "--tokenizer", str(dumps.MODEL), "--lake", str(folder / "lake")]
+        )
+        == 0
+    )
+    assert main(["mine", "--lake", str(folder / "lake")]) == 0
+    return folder / "lake"
+
+
+def contents(*folders: Path) -> dict[str, Any]:
+    """Every file's hash, and of a catalog its newest snapshot; locks and SQLite's journals say nothing."""
+    found: dict[str, Any] = {}
+    for path in (path for folder in folders for path in folder.rglob("*") if path.is_file()):
+        if path.name.endswith((".lock", "-wal", "-shm")):
+            continue
+        found[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
+        if path.name == "catalog.sqlite":
+            try:
+                with sqlite3.connect(path) as catalog:
+                    found[str(path)] = catalog.execute(
+                        "select max(snapshot_id) from ducklake_snapshot"
+                    ).fetchone()
+            except sqlite3.DatabaseError:
+                pass  # a damaged one keeps its hash
+    return found
+
+
+@pytest.fixture
+def refused(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, lake: Path, monkeypatch: pytest.MonkeyPatch
+) -> Refused:
+    """Runs the command, which must refuse and leave every file as it was; returns its one line."""
+    monkeypatch.setenv("ECHOMINE_LAKE", str(lake))
+
+    def run(*arguments: object, exit_code: int = 2) -> str:
+        before = contents(tmp_path, lake)
+        capfd.readouterr()
+        code = main([str(argument) for argument in arguments])
+        output, errors = capfd.readouterr()
+        assert code == exit_code, errors
+        assert output == ""
+        assert errors.count("\n") == 1, errors
+        assert errors.startswith("echomine: ")
+        assert "Traceback" not in errors
+        assert contents(tmp_path, lake) == before
+        return errors
+
+    return run

@@ -1,0 +1,226 @@
+"""The canonical dump, as users bring it: whole, scattered, twice, and with every kind of mistake."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from sample_lake import EOS_ID, character_tokenizer
+
+from pipeline.config import MiningConfig
+from pipeline.errors import FormatError
+from pipeline.formats.canonical import import_canonical
+from pipeline.ingest import Ingested
+from pipeline.lake import Lake
+from pipeline.mine import mine
+from pipeline.records import Prompt
+from pipeline.tokenization import tokenizer_hash
+
+TOKENIZER = character_tokenizer()
+GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "echoclip.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("empty") / "lake"
+    Lake.create(folder)
+    return folder
+
+
+@pytest.fixture
+def lake(empty: Path, tmp_path: Path) -> Lake:
+    shutil.copytree(empty, tmp_path / "lake")
+    return Lake.open(tmp_path / "lake")
+
+
+def dumped(group_id: str, sample_index: int, text: str = "4\n#2", **changes: Any) -> dict[str, Any]:
+    """A row with the required columns only."""
+    ids = [*TOKENIZER(text)["input_ids"], EOS_ID]
+    return {
+        "group_id": group_id,
+        "sample_index": sample_index,
+        "prompt_ids": [50, 51],
+        "completion_ids": ids,
+        "completion_entropies": [0.5 + i / 8 for i in range(len(ids))],
+        "reward": 1.0,
+    } | changes
+
+
+def jsonl(path: Path, rows: Sequence[Any]) -> Path:
+    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def parquet(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    pq.write_table(pa.Table.from_pylist(list(rows)), path)
+    return path
+
+
+def taken(lake: Lake, *files: Path) -> Ingested:
+    return import_canonical(lake, files, TOKENIZER)
+
+
+def rows_of(lake: Lake, sql: str) -> list[dict[str, Any]]:
+    with lake.reader() as reader:
+        return reader.rows(sql)
+
+
+@pytest.mark.parametrize("write", [jsonl, parquet])
+def test_the_required_columns_are_enough_and_the_rest_has_its_default(lake, tmp_path, write) -> None:
+    path = write(tmp_path / f"dump.{write.__name__}", [dumped("a", 0), dumped("a", 1, "#2")])
+    assert taken(lake, path) == Ingested(written=2)
+    first, second = rows_of(lake, "select * from rollouts order by sample_index")
+    defaults = {"origin": "policy", "policy_version": 0, "finish_reason": "stop", "group_size": 2}
+    defaults |= {"entropy_kind": "full_vocab", "logprobs_kind": None, "completion_logprobs": None}
+    defaults |= {"tokenizer_hash": tokenizer_hash(TOKENIZER), "night": datetime.now(UTC).date()}
+    assert defaults.items() <= first.items()
+    assert first["run_id"].startswith("import-")
+    assert (first["completion"], first["step_ends"], second["step_ends"]) == ("4\n#2", [2, 5], [3])
+    assert first["step_entropies"] == [0.5625, 0.875]
+    assert first["prompt_id"] == second["prompt_id"]
+
+
+def test_what_a_dump_says_is_kept(lake: Lake, tmp_path: Path) -> None:
+    said = {"policy_version": 7, "night": "2026-02-03", "created_at": "2026-02-03T04:05:06+01:00"}
+    said |= {"model": "big", "group_size": 5, "finish_reason": "length", "reward_parts": {"format": 0.5}}
+    said |= {"step_ends": [1, 5], "entropy_kind": "rescored", "run_id": "mine", "temperature": 0.6}
+    taken(lake, jsonl(tmp_path / "dump.jsonl", [dumped("a", 0, **said)]))
+    (row,) = rows_of(lake, "select * from rollouts")
+    same = ("policy_version", "model", "group_size", "finish_reason", "step_ends", "entropy_kind", "run_id")
+    assert {name: row[name] for name in same} == {name: said[name] for name in same}
+    assert (row["night"], row["splitter"]) == (date(2026, 2, 3), "given")
+    assert row["created_at"] == datetime(2026, 2, 3, 3, 5, 6, tzinfo=UTC)
+    assert row["reward_parts"] == [("format", 0.5)]
+
+
+def test_importing_twice_changes_nothing(lake: Lake, tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "dump.jsonl", [dumped("a", 0), dumped("a", 1), "cut o\n"])
+    assert taken(lake, path) == Ingested(written=2, refused=1)
+    assert taken(lake, path) == Ingested(known=2, refused=1)
+    assert rows_of(lake, "select count(*) as n from quarantine") == [{"n": 1}]
+
+
+def test_the_same_file_named_twice_makes_no_group_larger(lake: Lake, tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "dump.jsonl", [dumped("a", 0), dumped("a", 1)])
+    assert taken(lake, path, path) == Ingested(written=2, known=2)
+    assert mine(lake, MiningConfig()).groups == {"all_success": 1}
+
+
+def test_groups_may_lie_scattered_over_files_of_both_kinds(lake: Lake, tmp_path: Path) -> None:
+    first = jsonl(tmp_path / "one.jsonl", [dumped("a", 0), dumped("b", 0), dumped("a", 1)])
+    second = parquet(tmp_path / "two.parquet", [dumped("b", 1), dumped("a", 2)])
+    assert taken(lake, first, second) == Ingested(written=5)
+    sizes = rows_of(lake, "select distinct group_id, group_size from rollouts order by 1")
+    assert [tuple(row.values()) for row in sizes] == [("a", 3), ("b", 2)]
+
+
+def test_a_text_prompt_is_tokenized_and_kept(lake: Lake, tmp_path: Path) -> None:
+    row = dumped("a", 0, prompt="2+2?", ground_truth=4)
+    del row["prompt_ids"]
+    taken(lake, jsonl(tmp_path / "dump.jsonl", [row]))
+    prompt = Prompt(({"role": "user", "content": "2+2?"},), "4")
+    (found,) = rows_of(lake, "select prompt_id, prompt_ids from rollouts")
+    assert found == {"prompt_id": prompt.prompt_id, "prompt_ids": TOKENIZER("2+2?")["input_ids"]}
+    assert rows_of(lake, "select prompt_id, ground_truth from prompts") == [
+        {"prompt_id": prompt.prompt_id, "ground_truth": "4"}
+    ]
+
+
+def test_experts_and_rows_without_entropies_enter_and_yield_no_clip(lake: Lake, tmp_path: Path) -> None:
+    unscored = {"completion_entropies": None}
+    rows = [dumped("a", 0), dumped("a", 1), dumped("a", 2, "#3", origin="expert", reward=0.0)]
+    rows += [dumped("b", 0, **unscored), dumped("b", 1)]
+    taken(lake, jsonl(tmp_path / "dump.jsonl", rows))
+    assert rows_of(lake, "select distinct group_size from rollouts") == [{"group_size": 2}]
+    mined = mine(lake, MiningConfig())
+    assert (mined.groups, mined.clips, mined.dropped) == ({"all_success": 2}, 1, {"unscored": 1})
+
+
+BAD_ROWS = [
+    ("cut o\n", "no JSON object"),
+    ("[1, 2]\n", "no JSON object"),
+    ("[" * 100_000 + "\n", "no JSON object"),
+    ('{"group_id": "\\ud800"}\n', "no JSON object in valid Unicode"),
+    ({"group_id": "a"}, "column `sample_index` is missing"),
+    (dumped("a", 9, prompt_ids=None), "column `prompt_ids` is missing"),
+    (dumped("a", -1), "sample_index a whole number"),
+    (dumped("a", 1.5), "sample_index a whole number"),
+    (dumped(7, 9), "group_id must be text"),
+    (dumped("a", 9, reward=None), "the reward is missing"),
+    (dumped("a", 9, reward=float("nan")), "the reward is nan"),
+    (dumped("a", 9, reward="1"), "is no number"),
+    (dumped("a", 9, completion_entropies=[0.1]), "completion_entropies has 1 values for 5"),
+    (dumped("a", 9, completion_entropies=[-1, 0, 0, 0, 0]), "negative"),
+    (dumped("a", 9, completion_entropies=[1e39] * 5), "NaN or infinite"),
+    (dumped("a", 9, completion_entropies=[10**400] * 5), "NaN or infinite"),
+    (dumped("a", 9, completion_entropies=["x"] * 5), "no list of numbers"),
+    (dumped("a", 9, completion_logprobs=[-1.0]), "completion_logprobs has 1 values for 5"),
+    (dumped("a", 9, completion_ids=[10**6], completion_entropies=[0.1]), "unknown tokenizer"),
+    (dumped("a", 9, tokenizer_hash="another"), "unknown tokenizer another"),
+    (dumped("a", 9, completion_ids="text"), "no list of token ids"),
+    (dumped("a", 9, step_ends=[3]), "do not cover"),
+    (dumped("a", 9, night="yesterday"), "no date"),
+    (dumped("a", 9, created_at="yesterday"), "no time"),
+    (dumped("a", 9, policy_version="seven"), "column `policy_version`"),
+    (dumped("a", 9, finish_reason="bored"), "finish_reason must be one of"),
+    (dumped("a", 0, "#3"), "duplicate: sample 0 of group a"),
+]
+
+
+def test_every_bad_row_is_quarantined_with_file_and_line_and_the_rest_proceeds(lake, tmp_path) -> None:
+    path = jsonl(tmp_path / "dump.jsonl", [dumped("a", 0), *(row for row, _ in BAD_ROWS), dumped("b", 0)])
+    assert taken(lake, path) == Ingested(written=2, refused=len(BAD_ROWS))
+    reasons = {row["source"]: row["reason"] for row in rows_of(lake, "select source, reason from quarantine")}
+    assert len(reasons) == len(BAD_ROWS)
+    for number, (_, reason) in enumerate(BAD_ROWS, start=2):
+        assert reason in reasons[f"dump.jsonl:{number}"]
+    assert mine(lake, MiningConfig()).groups == {"incomplete": 2}
+
+
+def test_a_file_that_cannot_be_read_whole_is_refused_before_anything_is_written(lake, tmp_path) -> None:
+    good = jsonl(tmp_path / "good.jsonl", [dumped("a", 0)])
+    lacking = dumped("a", 0)
+    lacking["completion_entropy"] = lacking.pop("completion_entropies")
+    cut = parquet(tmp_path / "cut.parquet", [dumped("a", 0)])
+    cut.write_bytes(cut.read_bytes()[:-30])
+    (tmp_path / "dump.csv").write_text("")
+    mistakes = [
+        (tmp_path / "none.jsonl", "There is no file"),
+        (tmp_path / "dump.csv", r"neither \.parquet nor \.jsonl"),
+        (cut, "is no complete Parquet file"),
+        (
+            parquet(tmp_path / "lacks.parquet", [lacking]),
+            "no column `completion_entropies`: did you mean `completion_entropy`",
+        ),
+    ]
+    for path, message in mistakes:
+        with pytest.raises(FormatError, match=message):
+            taken(lake, good, path)
+    assert rows_of(lake, "select * from rollouts") == []
+
+
+def test_golden_groups_brought_by_import_are_mined_alike(lake: Lake, tmp_path: Path) -> None:
+    rows = []
+    for group_id, group in GOLDEN["groups"].items():
+        for rollout in group:
+            ids = [token % EOS_ID for token in rollout["completion_ids"]]
+            row = rollout | {"group_id": group_id, "prompt_ids": [1], "completion_ids": ids}
+            row["completion_entropies"] = row.pop("entropies")
+            rows.append(row)
+    assert taken(lake, jsonl(tmp_path / "golden.jsonl", rows)) == Ingested(written=len(rows))
+    for case in (GOLDEN["mining"][0], GOLDEN["mining"][2]):
+        mined = mine(lake, MiningConfig(**case["options"]))
+        assert (mined.groups, mined.dropped) == (case["groups"], case["dropped"])
+        with lake.reader() as reader:
+            sql = "select * from echo_clips where mining_id = $id order by clip_rank"
+            clips = reader.rows(sql, {"id": mined.mining_id})
+        expected = [clip | {"step_entropy": float(np.float32(clip["step_entropy"]))} for clip in case["clips"]]
+        assert [{name: clip[name] for name in expected[0]} for clip in clips] == expected

@@ -1,0 +1,253 @@
+"""The lake keeps what it was given: all of a commit or nothing, for every process, wherever it is moved."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from lake_worker import rollout
+
+import pipeline.lake
+from pipeline import schema
+from pipeline.config import MiningConfig
+from pipeline.errors import LakeError
+from pipeline.lake import Lake
+from pipeline.mine import mine
+from pipeline.rollouts import rollout_table
+
+WORKER = Path(__file__).with_name("lake_worker.py")
+
+
+def group(name: str, num_tokens: int = 2) -> dict[str, pa.Table]:
+    return {"rollouts": rollout_table([rollout(name, i, num_tokens) for i in (0, 1)])}
+
+
+def groups_in(lake: Lake, snapshot: int | None = None) -> list[str]:
+    with lake.reader(snapshot) as reader:
+        return [row["group_id"] for row in reader.rows("select distinct group_id from rollouts order by 1")]
+
+
+def data_files(lake: Lake) -> list[Path]:
+    return sorted(path for path in lake.files.rglob("*") if path.is_file())
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, str(WORKER), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finished(processes: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str]]:
+    """Exit code and what was said of each."""
+    said = [process.communicate(timeout=240) for process in processes]
+    return [(p.returncode, "".join(text)) for p, text in zip(processes, said, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty lake to copy: a lake is a folder like any other."""
+    folder = tmp_path_factory.mktemp("empty") / "lake"
+    Lake.create(folder)
+    return folder
+
+
+@pytest.fixture
+def lake(empty: Path, tmp_path: Path) -> Lake:
+    shutil.copytree(empty, tmp_path / "lake")
+    return Lake.open(tmp_path / "lake")
+
+
+def test_a_new_lake_has_every_table_and_nothing_half_made(empty: Path) -> None:
+    with Lake.create(empty).reader() as reader:
+        for table, columns in schema.TABLES.items():
+            assert [c["column_name"] for c in reader.rows(f"describe lake.{table}")] == columns.names
+    assert not list(empty.glob("building*"))
+
+
+def test_a_folder_without_a_lake_is_no_lake(tmp_path: Path) -> None:
+    with pytest.raises(LakeError, match=r"There is no lake in .*--lake"):
+        Lake.open(tmp_path)
+
+
+def test_a_lake_below_a_file_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LakeError, match=r"Cannot make or write a lake in .*Choose another folder"):
+        Lake.create(tmp_path / "file" / "lake")
+
+
+def test_a_catalog_that_is_no_catalog_is_named(tmp_path: Path) -> None:
+    (tmp_path / "catalog.sqlite").write_text("no database at all" * 100)
+    with pytest.raises(LakeError, match=r"catalog\.sqlite cannot be read: .*Restore it from a backup"):
+        Lake.open(tmp_path)
+
+
+def test_a_lake_of_a_newer_schema_is_refused(lake: Lake) -> None:
+    with sqlite3.connect(lake.catalog) as catalog:
+        (name,) = catalog.execute(
+            "select table_name from ducklake_inlined_data_tables where table_id = "
+            "(select table_id from ducklake_table where table_name = 'meta')"
+        ).fetchone()
+        changed = catalog.execute(f'update "{name}" set value = ?', [str(schema.SCHEMA_VERSION + 1)])
+        assert changed.rowcount == 1
+    catalog.close()
+    with pytest.raises(LakeError, match=r"has schema 2, this EchoMine knows 1\. Update EchoMine"):
+        Lake.open(lake.folder)
+
+
+def test_the_same_rollout_twice_is_one_row(lake: Lake) -> None:
+    twice = pa.concat_tables([group("a")["rollouts"], group("a")["rollouts"]])
+    assert lake.commit({"rollouts": twice}) == {"rollouts": 2}
+    num_files = len(data_files(lake))
+    assert lake.commit(group("a")) == {"rollouts": 0}
+    assert len(data_files(lake)) == num_files
+    with lake.reader() as reader:
+        assert reader.rows("select count(*) as n from rollouts") == [{"n": 2}]
+
+
+def test_a_commit_whose_second_table_fails_leaves_no_row_and_no_file(lake: Lake) -> None:
+    wrong = pa.table({"key": ["k"], "value": ["v"], "no such column": [1]})
+    with pytest.raises(LakeError, match="Nothing of this commit was kept"):
+        lake.commit({**group("a"), "meta": wrong})
+    assert groups_in(lake) == []
+    assert data_files(lake) == []
+    assert lake.commit(group("a")) == {"rollouts": 2}
+
+
+def test_a_commit_that_is_tried_again_leaves_one_file(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    insert, calls = pipeline.lake._insert, []
+
+    def locked_once(*arguments: object) -> None:
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise pipeline.lake.duckdb.TransactionException("database is locked")
+        insert(*arguments)
+
+    monkeypatch.setattr(pipeline.lake, "_insert", locked_once)
+    lake.commit(group("a"))
+    assert len(calls) == 2
+    assert len(data_files(lake)) == 1
+    assert groups_in(lake) == ["a"]
+
+
+def test_every_commit_can_be_read_again(lake: Lake) -> None:
+    lake.commit(group("a"))
+    with lake.reader() as reader:
+        first = reader.snapshot
+    lake.commit(group("b"))
+    assert groups_in(lake, first) == ["a"]
+    assert groups_in(lake) == ["a", "b"]
+    with lake.reader() as reader:
+        assert reader.data_snapshot() == reader.snapshot > first
+        assert reader.touched_groups(first).to_pydict() == {"group_id": ["b"]}
+        assert reader.touched_groups(reader.snapshot).num_rows == 0
+    with pytest.raises(LakeError, match=r"has no snapshot 99\. See"), lake.reader(99):
+        pass
+
+
+def test_a_reader_does_not_see_what_is_committed_after_it_opened(lake: Lake) -> None:
+    with lake.reader() as reader:
+        lake.commit(group("a"))
+        assert reader.rows("select count(*) as n from rollouts") == [{"n": 0}]
+
+
+def test_a_lake_may_be_moved_and_its_old_place_forgotten(lake: Lake, tmp_path: Path) -> None:
+    lake.commit(group("a"))
+    (tmp_path / "it's new").mkdir()
+    moved = Lake.open(Path(shutil.move(lake.folder, tmp_path / "it's new" / "place")))
+    moved.commit(group("b"))
+    assert groups_in(moved) == ["a", "b"]
+    assert mine(moved, MiningConfig()).groups == {"all_success": 2}
+    with moved.reader() as reader:
+        assert moved.damaged_files(reader) == []
+    assert not lake.folder.exists()
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1
+    path.write_bytes(content)
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"), [(flip_a_byte, "SHA-256"), (cut_off, "SHA-256"), (Path.unlink, "is missing")]
+)
+def test_mining_refuses_a_damaged_file_and_records_nothing(lake: Lake, damage, problem: str) -> None:
+    lake.commit(group("a"))
+    (path,) = data_files(lake)
+    damage(path)
+    with pytest.raises(LakeError, match=rf"{path.name} .*{problem}.*Restore it from a backup"):
+        mine(lake, MiningConfig())
+    with lake.reader() as reader:
+        (found,) = lake.damaged_files(reader)
+        assert found.path == str(path.relative_to(lake.folder))
+        assert problem in found.problem
+        assert reader.rows("select * from mining_runs") == []
+
+
+@pytest.mark.parametrize("damage", [cut_off, Path.unlink])
+def test_a_file_that_was_damaged_after_a_mining_is_an_error_of_one_line(lake: Lake, damage) -> None:
+    lake.commit(group("a"))
+    mine(lake, MiningConfig())
+    damage(next(path for path in data_files(lake) if "rollouts" in path.parts))
+    with pytest.raises(LakeError, match=r"cannot be read: .*Run `echomine doctor`"):
+        mine(lake, MiningConfig(clips_per_group=2))
+
+
+def test_a_full_disk_loses_nothing_and_leaves_nothing(lake: Lake) -> None:
+    lake.commit(group("a"))
+    before = data_files(lake)
+    ((code, said),) = finished([start("fill", lake.folder)])
+    assert code == 2, said
+    assert "Cannot write" in said
+    assert len(said.strip().splitlines()) == 1
+    assert data_files(lake) == before
+    assert groups_in(lake) == ["a"]
+
+
+def test_a_lake_made_by_three_at_once_is_one_lake(tmp_path: Path) -> None:
+    folder = tmp_path / "lake"
+    assert finished([start("create", folder) for _ in range(3)]) == [(0, "")] * 3
+    with Lake.open(folder).reader() as reader:
+        assert reader.rows("select * from meta") == [{"key": "schema_version", "value": "1"}]
+    assert not list(folder.glob("building*"))
+
+
+@pytest.mark.slow
+def test_two_writers_and_two_readers_meet_no_error_and_lose_nothing(lake: Lake) -> None:
+    workers = [start("write", lake.folder, name, 20) for name in ("a", "b")]
+    workers += [start("read", lake.folder, 20) for _ in range(2)]
+    assert finished(workers) == [(0, "")] * 4
+    assert set(groups_in(lake)) == {f"{name}-{number}" for name in ("a", "b") for number in range(20)}
+    assert len(data_files(lake)) == 40
+
+
+def test_a_writer_killed_before_its_commit_leaves_only_an_orphan(lake: Lake) -> None:
+    lake.commit(group("a"))
+    (kept,) = data_files(lake)
+    ((code, _),) = finished([start("die", lake.folder)])
+    assert code == -signal.SIGKILL
+    lake = Lake.open(lake.folder)
+    assert mine(lake, MiningConfig()).groups == {"all_success": 1}
+    clips = [path for path in data_files(lake) if "echo_clips" in path.parts]
+    (orphan,) = set(data_files(lake)) - {kept, *clips}
+    partial = kept.with_name(f".{kept.name}.0.partial")
+    partial.write_bytes(b"cut off")
+    assert lake.delete_orphans() == 0, "it may still be under way"
+    os.utime(orphan, (0, 0))
+    os.utime(partial, (0, 0))
+    assert lake.delete_orphans(older_than=timedelta(hours=1)) == 2
+    assert set(data_files(lake)) == {kept, *clips}
+    assert lake.commit(group("lost")) == {"rollouts": 2}
+    assert groups_in(lake) == ["a", "lost"]
