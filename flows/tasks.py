@@ -102,8 +102,13 @@ def train(run: NightRun, exported: Export) -> dict[str, Any]:
 
 
 @stage("report")
-def report(run: NightRun, mined: Mining, training: dict[str, Any]) -> Path:
-    runs.update_facts(run, mining_id=mined.mining_id, training_id=training["training_id"])
+def report(run: NightRun, mined: Mining, exported: Export, training: dict[str, Any]) -> Path:
+    runs.update_facts(
+        run,
+        mining_id=mined.mining_id,
+        export_dropped=dict(exported.dropped),
+        training_id=training["training_id"],
+    )
     return write_night_report(run.lake(), run.run_id)
 
 

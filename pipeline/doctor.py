@@ -15,7 +15,7 @@ import torch
 from pipeline.checks import run_checks
 from pipeline.config import NightlyConfig
 from pipeline.errors import EchoMineError
-from pipeline.lake import Lake
+from pipeline.lake import Lake, Reader
 from pipeline.models import model_folder
 from pipeline.tokenization import load_tokenizer
 
@@ -88,27 +88,13 @@ def _lake(folder: Path) -> Iterator[Finding]:
     try:
         lake = Lake.open(folder)
         with lake.reader() as reader:
-            counts = reader.rows(
-                "select count(*) as rollouts, count(distinct group_id) as groups from rollouts"
-            )[0]
-            yield Finding(
-                "lake",
-                True,
-                f"{folder}: {counts['rollouts']:,} rollouts, {counts['groups']:,} groups, "
-                f"snapshot {reader.snapshot}",
-            )
             damaged = lake.damaged_files(reader)
             for file in damaged:
                 yield Finding(f"file {file.path}", False, f"{file.problem}. Restore it from a backup.")
-            if not damaged:
-                yield Finding("data files", True, "all are as they were written (SHA-256)")
-            for check in run_checks(reader):
-                text = (
-                    "no offending rows"
-                    if not check.num_offending
-                    else f"{check.num_offending} offending rows"
-                )
-                yield Finding(f"check {check.name}", not check.num_offending, text)
+            if damaged:  # what else there is to ask would be answered from them
+                return
+            yield Finding("data files", True, "all are as they were written (SHA-256)")
+            yield from _contents(folder, reader)
     except EchoMineError as error:
         yield Finding("lake", False, str(error))
         return
@@ -117,3 +103,17 @@ def _lake(folder: Path) -> Iterator[Finding]:
     yield Finding(
         "disk", not low, f"{free / 2**30:.1f} GiB free" + (". Free some before tonight." if low else "")
     )
+
+
+def _contents(folder: Path, reader: Reader) -> Iterator[Finding]:
+    counts = reader.rows("select count(*) as rollouts, count(distinct group_id) as groups from rollouts")[0]
+    text = (
+        f"{folder}: {counts['rollouts']:,} rollouts, {counts['groups']:,} groups, snapshot {reader.snapshot}"
+    )
+    yield Finding("lake", True, text)
+    for check in run_checks(reader):
+        query = f'echomine sql "$(cat sql/checks/{check.name}.sql)"'
+        found = (
+            f"{check.num_offending} offending rows; `{query}` lists them" if check.num_offending else "none"
+        )
+        yield Finding(f"check {check.name}", not check.num_offending, found)

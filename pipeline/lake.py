@@ -262,7 +262,9 @@ class Lake:
                     "call ducklake_delete_orphaned_files('lake', older_than => ?)",
                     [oldest],
                 ).fetchall()
-                partial = [p for p in self.files.rglob(".*.partial") if p.stat().st_mtime < oldest.timestamp()]
+                partial = [
+                    p for p in self.files.rglob(".*.partial") if p.stat().st_mtime < oldest.timestamp()
+                ]
                 _remove(partial)
             return len(deleted) + len(partial)
         except (OSError, duckdb.Error) as error:

@@ -116,16 +116,20 @@ def _smollm2() -> Path:
     model = AutoModelForCausalLM.from_pretrained(
         str(source.parent), gguf_file=source.name, dtype=torch.float32, local_files_only=True
     )
-    # The weights are plain float32 now; a leftover note of the GGUF's quantization would stop loaders.
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    # The weights are plain float32 now. transformers still takes the model for a quantized one and would not
+    # save it, so they move into a model made from the configuration without that note.
+    config = model.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(model.state_dict())
     tokenizer = AutoTokenizer.from_pretrained(
         str(source.parent), gguf_file=source.name, local_files_only=True
     )
     building = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     building.mkdir(parents=True)
     try:
-        model.save_pretrained(building)
+        plain.save_pretrained(building)
         tokenizer.save_pretrained(building)
         load_tokenizer(building)
         if not folder.exists():

@@ -37,6 +37,7 @@ def write_night_report(lake: Lake, run_id: str) -> Path:
         folder / "report.html",
         {"generate_seconds": facts.get("generate_seconds", 0.0)},
         training,
+        facts.get("export_dropped"),
     )
 
 
@@ -53,7 +54,8 @@ def run_of_night(lake: Lake, night: date | None) -> str:
             runs.append((facts["night"], path.stat().st_mtime, path.parent.name))
     if not runs:
         raise LakeError(
-            f"The lake in {lake.folder} has no night{f' {night}' if night else ' yet'}. Run `echomine nightly` first."
+            f"The lake in {lake.folder} has no night{f' {night}' if night else ' yet'}. "
+            "Run `echomine nightly` first."
         )
     return max(runs)[2]
 

@@ -14,6 +14,7 @@ from typing import Any
 import altair as alt
 import jinja2
 import polars as pl
+import pyarrow as pa
 import vl_convert
 from markupsafe import Markup
 
@@ -47,6 +48,7 @@ def write_report(
     path: Path,
     timings: Mapping[str, float],
     training: Mapping[str, Any] | None = None,
+    export_dropped: Mapping[str, int] | None = None,
 ) -> Path:
     """Writes the report of a run and its mining, complete or not at all.
 
@@ -55,6 +57,7 @@ def write_report(
         timings: seconds by stage; `generate_seconds` gives the tokens per second.
         training: `metrics`: one mapping per optimizer step (optim_step, rl_loss, echo_loss, reward_mean,
             grad_norm; any may be missing or None).
+        export_dropped: clips that the export left out, by reason.
 
     Returns:
         `path`.
@@ -69,6 +72,7 @@ def write_report(
             "run_id": run_id, "mining_id": mining_id, "num_clips": NUM_CLIPS
         }  # fmt: skip
         _classify(reader, params)
+        reader.materialize_rows("export_drops", _drop_rows(export_dropped or {}))
         run = _run(reader, params)
         params |= {"model": run["model"], "night": run["night"]}
         clips = clip_views(reader.rows(sql_file("reports/best_clips"), params), tokenizer)
@@ -105,6 +109,11 @@ def _classify(reader: Reader, params: Mapping[str, Any]) -> None:
     reader.materialize_rows("touched_groups", reader.touched_groups(reader.snapshot))
     every_run = dict(params) | {"run_id": None, "incremental": False}
     reader.materialize("group_classes", sql_file("mining/group_classes"), every_run)
+
+
+def _drop_rows(dropped: Mapping[str, int]) -> pa.Table:
+    columns = [pa.array(dropped.keys(), pa.string()), pa.array(dropped.values(), pa.int64())]
+    return pa.table(columns, names=["reason", "num_dropped"])
 
 
 def _run(reader: Reader, params: Mapping[str, Any]) -> dict[str, Any]:

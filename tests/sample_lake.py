@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -18,6 +19,7 @@ from pipeline.lake import Lake
 from pipeline.mine import mine
 from pipeline.records import Prompt
 from pipeline.rollouts import Refused, prompt_table, quarantine_table, rollout_table
+from pipeline.schema import CLIP_USES
 from pipeline.steps import SPLITTER
 from pipeline.tokenization import completion_step_ends, tokenizer_hash
 
@@ -140,4 +142,8 @@ def sample_lake(folder: Path) -> SampleLake:
     builder.add_group(["#6", "#6"], [1.0, 0.0], policy_version=9, run_id="training-1", origin="trainer")
     lake = builder.commit([Refused("the verifier took longer than 10 s", "run-2", {"run_id": "run-2"})])
     mining = mine(lake, MiningConfig(clips_per_group=2, max_policy_lag=7))
+    with lake.reader() as reader:
+        best = reader.rows("select clip_id from echo_clips order by clip_rank limit 1")[0]["clip_id"]
+    use = {"training_id": "training-1", "clip_id": best, "optim_step": 0, "clip_loss": 0.5}
+    lake.commit({"clip_uses": pa.Table.from_pylist([use], CLIP_USES)})
     return SampleLake(lake, "run-2", mining.mining_id, builder.tokenizer)

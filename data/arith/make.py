@@ -125,7 +125,7 @@ def train(model: LlamaForCausalLM, stream, steps: int, peak_lr: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write into")
-    parser.add_argument("--steps", type=int, default=3200, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=2600, help="optimizer steps")
     parser.add_argument("--tokens-per-step", type=int, default=5000, help="tokens a step, padding included")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     options = parser.parse_args()

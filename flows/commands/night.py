@@ -94,6 +94,6 @@ def generate(
     print_counts(as_json, counts)
     if done.refused:
         note(
-            f"The verifier gave no reward for {done.refused} of these rollouts; their groups are incomplete and "
-            'are not mined. See `echomine sql "select reason, row from quarantine"`.'
+            f"The verifier gave no reward for {done.refused} of these rollouts; their groups are incomplete "
+            'and are not mined. See `echomine sql "select reason, row from quarantine"`.'
         )

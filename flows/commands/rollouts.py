@@ -79,8 +79,8 @@ def _refused(lake: Lake, done: Ingested, files: tuple[Path, ...]) -> FormatError
     were = "was" if done.refused == 1 else "were"
     return FormatError(
         f"{done.refused} of {total} rows {were} refused, such as "
-        f"{first['source']}: {first['reason']}. The others are in the lake; mend the refused and import again "
-        '(see `echomine sql "select source, reason from quarantine"`).'
+        f"{first['source']}: {first['reason']}. The others are in the lake; mend the refused and import "
+        'again (see `echomine sql "select source, reason from quarantine"`).'
     )
 
 
@@ -108,7 +108,7 @@ def score(lake: Path, config: Path | None, as_json: bool, model: str | None) -> 
     print_counts(as_json, asdict(done))
     if done.other_tokenizer or done.unreadable:
         note(
-            f"{done.other_tokenizer + done.unreadable} rollouts still wait: {done.other_tokenizer} are of another "
-            "tokenizer (give the model that sampled them), "
+            f"{done.other_tokenizer + done.unreadable} rollouts still wait: {done.other_tokenizer} are of "
+            "another tokenizer (give the model that sampled them), "
             f"{done.unreadable} have no prompt or do not fit the context of {settings.model}."
         )

@@ -140,8 +140,8 @@ class TransformersEngine:
             if limit is not None and len(prompt) + sampling.max_tokens > limit:
                 raise PromptError(
                     f"Prompt {request.prompt.prompt_id} ({request.prompt.text[:40]!r}) has {len(prompt)} "
-                    f"tokens; with sampling.max_tokens = {sampling.max_tokens} it exceeds the model's {limit}. "
-                    "Lower max_tokens or shorten the prompt."
+                    f"tokens; with sampling.max_tokens = {sampling.max_tokens} it exceeds the model's "
+                    f"{limit}. Lower max_tokens or shorten the prompt."
                 )
 
 

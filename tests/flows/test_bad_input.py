@@ -1,4 +1,4 @@
-"""A user's mistake costs one line that says what, where and what to do; exit code 2, and nothing is written."""
+"""A user's mistake costs one line of what, where and what to do; exit code 2, and nothing is written."""
 
 from __future__ import annotations
 

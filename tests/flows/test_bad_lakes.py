@@ -1,4 +1,4 @@
-"""Dumps and lakes that are not what they should be: refused whole, or row by row, and nothing is half-written."""
+"""Dumps and lakes that are not what they should be: refused whole or row by row, never half-written."""
 
 from __future__ import annotations
 
@@ -286,7 +286,7 @@ def test_a_disk_without_room_for_a_catalog_gets_no_half_a_lake(tmp_path):
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     says(done.stderr, "echomine: Cannot make or write a lake", tmp_path / "lake", "Choose another folder")
-    assert [path for path in (tmp_path / "lake").rglob("*.sqlite*")] == []
+    assert not list((tmp_path / "lake").rglob("*.sqlite*"))
 
 
 # Nights

@@ -21,7 +21,10 @@ from flows.commands.group import echomine
 from pipeline.lake import Lake
 
 ECHOMINE = Path(sys.executable).with_name("echomine")
-ORDER = "nightly generate score import mine export train sql report audit maintain doctor".split()
+ORDER = [
+    *("nightly", "generate", "score", "import", "mine", "export", "train"),
+    *("sql", "report", "audit", "maintain", "doctor"),
+]
 
 
 def commands(

@@ -1,4 +1,4 @@
-"""What other processes do to a lake while tests look on: `python lake_worker.py write|read|die|create FOLDER …`."""
+"""What other processes do to a lake while tests look on: `python lake_worker.py TASK FOLDER …`."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ def random_rows(draw: random.Random) -> list[Row]:
         }
         for index in range(size):
             num_tokens = draw.choice([0, 1, 2, 3, 5, 8])
-            cuts = sorted({draw.randrange(1, num_tokens + 1) for _ in range(2)} | {num_tokens})
+            cuts = sorted({1 + draw.randrange(max(num_tokens, 1)) for _ in range(2)} | {num_tokens})
             reward = {"solved": 1.0, "failed": 0.0}.get(style, draw.choice([0.0, 0.5, 1.0]))
             changes = {
                 "completion_ids": [draw.randrange(2) for _ in range(num_tokens)],
@@ -192,16 +192,22 @@ def walked(rows: list[Row], config: MiningConfig) -> tuple[Counter[str], Counter
     classes = {name: group_class(group, config) for name, group in groups.items()}
     clips: list[Row] = []
     for name, members in groups.items():
-        wanted = {"all_success"} if config.scope == "zero_advantage" else set(classes.values()) - {"incomplete"}
+        wanted = (
+            {"all_success"} if config.scope == "zero_advantage" else set(classes.values()) - {"incomplete"}
+        )
         if classes[name] not in wanted:
             continue
         found = []
         for row in members:
             verified = row["reward"] >= config.success_reward - config.reward_tolerance
-            step = best_step(row, config) if row["finish_reason"] != "length" or config.allow_truncated else None
+            step = (
+                best_step(row, config) if row["finish_reason"] != "length" or config.allow_truncated else None
+            )
             if verified and step is not None:
                 found.append((-step[0], row["sample_index"], step, row))
-        for rank, (_, _, step, row) in enumerate(sorted(found, key=lambda f: f[:2])[: config.clips_per_group]):
+        for rank, (_, _, step, row) in enumerate(
+            sorted(found, key=lambda f: f[:2])[: config.clips_per_group]
+        ):
             clips.append(row | {"group_rank": rank, "step": step})
     clips.sort(key=lambda c: (-c["step"][0], c["group_id"], c["group_rank"]))
     dropped, kept, seen, of_prompt = Counter(), [], set(), Counter()
@@ -233,21 +239,30 @@ def walked(rows: list[Row], config: MiningConfig) -> tuple[Counter[str], Counter
 
 
 def test_sql_and_a_plain_walk_of_the_rules_choose_the_same_clips(lake: Lake) -> None:
+    draws, rows_of = [random.Random(seed) for seed in range(12)], []
+    for seed, draw in enumerate(draws):
+        # models of their own, so that no rows of another seed move the newest policy version
+        names = {"run_id": f"run-{seed}"}
+        rows = [row | names | {"group_id": f"{seed}-{row['group_id']}"} for row in random_rows(draw)]
+        rows_of.append([row | {"model": f"{row['model']}-{seed}"} for row in rows])
+    put(lake, *(row for rows in rows_of for row in rows))
+    minings = [
+        (seed, config, mine(lake, config, run_id=f"run-{seed}"))
+        for seed, draw in enumerate(draws)
+        for config in (random_config(draw), random_config(draw))
+    ]
+    with lake.reader() as reader:
+        clips_found = reader.rows("select * from echo_clips order by clip_rank")
     reasons: Counter[str] = Counter()
-    for seed in range(12):
-        draw = random.Random(seed)
-        run = f"run-{seed}"
-        # models of their own, so that no lake of another seed moves the newest policy version
-        rows = [row | {"run_id": run, "group_id": f"{seed}-{row['group_id']}"} for row in random_rows(draw)]
-        rows = [row | {"model": f"{row['model']}-{seed}"} for row in rows]
-        put(lake, *rows)
-        for _ in range(2):
-            config = random_config(draw)
-            groups, dropped, clips = walked(rows, config)
-            mined = mine(lake, config, run_id=run)
-            found = [{name: clip[name] for name in (*CLIP, "step_entropy")} for clip in clips_of(lake, mined)]
-            assert (mined.groups, mined.dropped, found) == (groups, dropped, clips), (seed, config)
-            reasons += dropped + Counter(kept=len(clips))
+    for seed, config, mined in minings:
+        groups, dropped, clips = walked(rows_of[seed], config)
+        found = [
+            {name: clip[name] for name in (*CLIP, "step_entropy")}
+            for clip in clips_found
+            if clip["mining_id"] == mined.mining_id
+        ]
+        assert (mined.groups, mined.dropped, found) == (groups, dropped, clips), (seed, config)
+        reasons += dropped + Counter(kept=len(clips))
     assert reasons.keys() == {
         "kept", "step_entropy", "policy_lag", "duplicate", "max_clips_per_prompt", "max_clips"
     }  # fmt: skip

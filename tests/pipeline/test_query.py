@@ -117,7 +117,14 @@ BEYOND = [
     "from python_variable",
     "from sql",
 ]
-WRONG = ["", "selec 1", "select $x", "select \ud800", "from no_such_relation", "select no_such_column from rollouts"]
+WRONG = [
+    "",
+    "selec 1",
+    "select $x",
+    "select \ud800",
+    "from no_such_relation",
+    "select no_such_column from rollouts",
+]
 
 READS = [
     ("select count(*) as n from rollouts", ["n"]),

@@ -115,9 +115,7 @@ def test_a_rollout_that_the_verifier_lost_is_refused_alone_and_still_counts_in_i
     judged = [Judgement(1.0, {"format": 0.5}), Judgement(None, error="took longer than 10 s"), Judgement(0.0)]
     rows, refused = rollout_rows(sampled, [group], [judged], character_tokenizer())
     assert [(row["sample_index"], row["group_size"]) for row in rows] == [(0, 3), (2, 3)]
-    assert [(item.reason, item.source) for item in refused] == [
-        ("the verifier took longer than 10 s", "run")
-    ]
+    assert [(item.reason, item.source) for item in refused] == [("the verifier took longer than 10 s", "run")]
     first, second = rollout_table(rows).to_pylist()
     assert first["completion"] == "4\n#2"
     assert first["step_ends"] == [2, 5]

@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from pipeline.steps import mean_step_entropies, step_ends
 
-TEXTS = ["a", "b", " ", "\n", "\n\n", ".\n", ".\n\n", "\nx", " \n y", "a\nb", "\u00a0", "\u2028", "", "x \n", "<s>"]
+TEXTS = [
+    "a",
+    "b",
+    " ",
+    "\n",
+    "\n\n",
+    ".\n",
+    ".\n\n",
+    "\nx",
+    " \n y",
+    "a\nb",
+    "\u00a0",
+    "\u2028",
+    "",
+    "x \n",
+    "<s>",
+]
 
 
 def ends_by_the_rules(texts: list[str], special: set[int]) -> list[int]:
@@ -19,7 +36,7 @@ def ends_by_the_rules(texts: list[str], special: set[int]) -> list[int]:
         return i not in special and not (texts[i] == "" or texts[i].isspace())
 
     contents, ends = [i for i in range(len(texts)) if content(i)], []
-    for i, k in zip(contents, contents[1:], strict=False):
+    for i, k in pairwise(contents):
         tail = texts[i][len(texts[i].rstrip()) :]
         in_gap = {i: tail} | {j: "" if j in special else texts[j] for j in range(i + 1, k)}
         holders = [j for j, text in in_gap.items() if "\n" in text]
@@ -38,7 +55,7 @@ def test_steps_end_where_the_rules_say(seed: int) -> None:
         special = {i for i, text in enumerate(texts) if text == "<s>" or draw.random() < 0.05}
         ends = step_ends(texts, special)
         assert ends == ends_by_the_rules(texts, special), (texts, special)
-        assert all(a < b for a, b in zip(ends, ends[1:], strict=False))
+        assert all(a < b for a, b in pairwise(ends))
 
 
 def test_another_delimiter_splits_instead_of_the_newline() -> None:
@@ -73,4 +90,6 @@ def test_long_steps_lose_no_digits() -> None:
 
 
 def test_no_steps_have_no_entropies() -> None:
-    assert len(mean_step_entropies(np.empty(0, np.float32), np.empty(0, np.int32), np.empty(0, np.int64))) == 0
+    assert (
+        len(mean_step_entropies(np.empty(0, np.float32), np.empty(0, np.int32), np.empty(0, np.int64))) == 0
+    )

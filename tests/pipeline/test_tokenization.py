@@ -19,6 +19,7 @@ from pipeline.tokenization import (
 
 ARITH = Path(__file__).parents[2] / "data" / "arith" / "model"
 
+
 @pytest.fixture(scope="module")
 def arith() -> PreTrainedTokenizerFast:
     return load_tokenizer(ARITH)

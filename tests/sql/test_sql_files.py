@@ -71,6 +71,8 @@ def reader(sample_lake) -> Iterator[Reader]:
     """The sample lake with its views and with the mining's stages, in their order."""
     with sample_lake.lake.reader() as reader:
         reader.materialize_rows("touched_groups", reader.touched_groups(reader.snapshot))
+        export_drops = {"reason": ["max_tokens"], "num_dropped": [3]}
+        reader.materialize_rows("export_drops", pa.table(export_drops))
         every_run = params(sample_lake) | {"run_id": None}
         for stage in STAGES:
             reader.materialize(stage, (SQL_FOLDER / f"mining/{stage}.sql").read_text(), every_run)
@@ -124,7 +126,7 @@ def test_the_params_are_those_that_the_query_binds(file):
 def test_the_inputs_are_the_relations_that_the_query_reads(file):
     code = re.sub(r"--[^\n]*", "", file.read_text())
     own = set(re.findall(r"^([a-z_]+) as \(", code, re.MULTILINE))
-    known = set(TABLES) | {relation_of(path) for path in FILES} | {"touched_groups"}
+    known = set(TABLES) | {relation_of(path) for path in FILES} | {"touched_groups", "export_drops"}
     read = set(re.findall(r"\b(?:from|join)\s+([a-z_]+)(?![a-z_]*\()", code)) - own
     if "the catalog" in header_of(file).inputs:
         assert read <= {"ducklake_snapshots"}

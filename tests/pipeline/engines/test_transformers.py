@@ -46,7 +46,9 @@ def arith() -> Iterator[Arith]:
     torch.set_num_threads(threads)
 
 
-def reference(engine: TransformersEngine, group: Group, sample: Sample, temperature: float = 1.0) -> torch.Tensor:
+def reference(
+    engine: TransformersEngine, group: Group, sample: Sample, temperature: float = 1.0
+) -> torch.Tensor:
     """[T, V] float64 log-probs of the next token at each of the completion's positions."""
     model = load_model(ARITH / "model", "cpu").double()
     ids = torch.from_numpy(np.concatenate([group.prompt_ids, sample.completion_ids]).astype(np.int64))
@@ -61,12 +63,15 @@ def ids_of(group: Group) -> list[list[int]]:
 
 def test_entropies_and_logprobs_are_those_of_the_whole_vocabulary(arith: Arith) -> None:
     # prompts of different lengths: padding must not be seen
-    requests = [GroupRequest(prompt, (1, 2, 3)) for prompt in sorted(arith.prompts, key=lambda p: len(p.text))]
+    requests = [
+        GroupRequest(prompt, (1, 2, 3)) for prompt in sorted(arith.prompts, key=lambda p: len(p.text))
+    ]
     groups = arith.sampled(requests[0], requests[-1])
     for group in groups:
-        assert group.prompt_ids.tolist() == prompt_messages_ids(
-            arith.engine.tokenizer, group.prompt.messages
-        ).tolist()
+        assert (
+            group.prompt_ids.tolist()
+            == prompt_messages_ids(arith.engine.tokenizer, group.prompt.messages).tolist()
+        )
         for sample in group.samples:
             expected = reference(arith.engine, group, sample)
             entropies = -(expected.exp() * expected).sum(-1).numpy()

@@ -222,5 +222,7 @@ def test_golden_groups_brought_by_import_are_mined_alike(lake: Lake, tmp_path: P
         with lake.reader() as reader:
             sql = "select * from echo_clips where mining_id = $id order by clip_rank"
             clips = reader.rows(sql, {"id": mined.mining_id})
-        expected = [clip | {"step_entropy": float(np.float32(clip["step_entropy"]))} for clip in case["clips"]]
+        expected = [
+            clip | {"step_entropy": float(np.float32(clip["step_entropy"]))} for clip in case["clips"]
+        ]
         assert [{name: clip[name] for name in expected[0]} for clip in clips] == expected
