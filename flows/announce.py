@@ -68,8 +68,8 @@ def publish(run: NightRun, mined: Mining, result: Mapping[str, Any]) -> None:
     create_markdown_artifact("\n".join(lines), key="nightly-summary", description=f"run {run.run_id}")
     with run.lake().reader() as reader:
         clips = reader.rows(
-            "select clip_rank, step_entropy, step_index, num_steps, clip_tokens, policy_version, prompt_id, clip_id "
-            "from echo_clips where mining_id = $mining_id order by clip_rank limit $best",
+            "select clip_rank, step_entropy, step_index, num_steps, clip_tokens, policy_version, prompt_id, "
+            "clip_id from echo_clips where mining_id = $mining_id order by clip_rank limit $best",
             {"mining_id": mined.mining_id, "best": BEST_CLIPS},
         )
     create_table_artifact(clips, key="best-echoclips", description=f"mining {mined.mining_id}")

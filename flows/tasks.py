@@ -30,7 +30,7 @@ R = TypeVar("R")
 TRANSIENT = (ConnectionError, TimeoutError)
 
 
-async def is_transient(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
+async def is_transient(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
     """Whether trying again can help."""
     return isinstance(await state.aresult(raise_on_failure=False), TRANSIENT)
 

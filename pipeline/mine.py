@@ -66,7 +66,9 @@ def mine(
         data_snapshot = reader.data_snapshot()
         sql_hash = content_id(*macros(), *(sql_file(f"mining/{stage}") for stage in STAGES))
         settings = config.model_dump(mode="json") | {"since_snapshot": since_snapshot, "run_id": run_id}
-        mining_id = content_id(data_snapshot, settings, sql_hash)
+        # The files' content, so that minings of two lakes never share a name.
+        files = reader.rows("select sha256 from files where table_name = 'rollouts' order by all")
+        mining_id = content_id(data_snapshot, [file["sha256"] for file in files], settings, sql_hash)
         known = _recorded(newest, mining_id)
         if known is not None:
             return known

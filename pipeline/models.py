@@ -121,7 +121,7 @@ def _smollm2() -> Path:
     config = model.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
     plain.load_state_dict(model.state_dict())
     tokenizer = AutoTokenizer.from_pretrained(
         str(source.parent), gguf_file=source.name, local_files_only=True

@@ -79,7 +79,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a verifier said of one sample. `reward` is None when it hung, died or raised; then `error` tells."""
+    """What a verifier said of one sample. Without a reward it hung, died or raised; then `error` tells."""
 
     reward: float | None
     parts: Mapping[str, float] = field(default_factory=dict)

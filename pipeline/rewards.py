@@ -187,7 +187,8 @@ class _Worker:
 
 def _exchange(process: subprocess.Popen[bytes], message: dict[str, Any], seconds: float) -> dict[str, Any]:
     """Sends one line and reads the reply; raises TimeoutError or _Gone. Neither direction can block."""
-    assert process.stdin is not None and process.stdout is not None
+    assert process.stdin is not None
+    assert process.stdout is not None
     request = json.dumps(message).encode() + b"\n"
     reply = b""
     poll = select.poll()

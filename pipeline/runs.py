@@ -174,9 +174,7 @@ def generate(run: NightRun, prompt_ids: Sequence[str]) -> Path:
     stage(path, sorted(groups, key=lambda group: order[group.prompt.prompt_id]))
     spent = facts(run).get("generate_seconds", 0.0) + time.monotonic() - started
     tokens = sum(len(sample.completion_ids) for group in groups for sample in group.samples)
-    update_facts(
-        run, generate_seconds=spent, generated_tokens=facts(run).get("generated_tokens", 0) + tokens
-    )
+    update_facts(run, generate_seconds=spent, generated_tokens=facts(run).get("generated_tokens", 0) + tokens)
     return path
 
 
@@ -207,9 +205,7 @@ def commit(run: NightRun, path: Path) -> Ingested:
         facts(run)["verifier_version"],
     )
     rows, refused = rollout_rows(sampled, groups, judgements, load_tokenizer(run.model_folder))
-    done = ingest(
-        run.lake(), rows, [run.run_id] * len(rows), [group.prompt for group in groups], refused
-    )
+    done = ingest(run.lake(), rows, [run.run_id] * len(rows), [group.prompt for group in groups], refused)
     update_facts(run, snapshot=None)
     path.unlink()
     return done

@@ -1,7 +1,7 @@
 """Makes the embedded default model: `python data/arith/make.py`, about 30 minutes on two cores.
 
 Writes beside itself `prompts.jsonl` (128 problems) and `model/` (tokenizer, config and weights): a
-Llama of 1.3 M parameters that reads one character a token and was trained by supervised learning on
+Llama of 1.6 M parameters that reads one character a token and was trained by supervised learning on
 random solutions of random problems, none of them among the prompts. Seeds are fixed; the weights are
 the same on the same machine and thread count.
 """
@@ -15,16 +15,16 @@ import math
 import random
 import string
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from problems import NARROW, WIDE, Range, problems, solution, write_prompts, written
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from problems import problems, solution, write_prompts, written
-
 HERE = Path(__file__).parent
-PROMPT_SEED, TRAIN_SEED = 20260531, 1
+PROMPT_SEED, INITIAL_SEED = 20260531, 1
 NUM_PROMPTS = 128
 MAX_TOKENS = 256
 IGNORED = -100  # the label that cross entropy skips
@@ -52,13 +52,13 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    torch.manual_seed(TRAIN_SEED)
+    torch.manual_seed(INITIAL_SEED)
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=128,
-            intermediate_size=640,
-            num_hidden_layers=4,
+            intermediate_size=512,
+            num_hidden_layers=6,
             num_attention_heads=2,
             num_key_value_heads=2,
             head_dim=64,
@@ -71,22 +71,49 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     )
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, skip: frozenset[str], tokens_per_step: int):
+@dataclass(frozen=True)
+class Stage:
+    """One stretch of training with a learning-rate schedule of its own.
+
+    Attributes:
+        tokens_per_batch: padding included; an optimizer step takes `batches_per_step` of them.
+        drill_share: of the problems, sums of two numbers alone.
+    """
+
+    numbers: Range
+    drill_share: float
+    steps: int
+    tokens_per_batch: int
+    batches_per_step: int
+    peak_lr: float
+    seed: int
+
+
+# First the form of solutions on large numbers, then exactness on small ones. Rows of similar length share a
+# batch, so several batches a step keep each step's gradient from being about one length.
+STAGES = (
+    Stage(WIDE, 0.0, 2600, 6000, 1, 2e-3, 1),
+    Stage(NARROW, 0.5, 1000, 1500, 4, 1.5e-3, 2),
+)
+
+
+def batches(tokenizer: PreTrainedTokenizerFast, skip: frozenset[str], stage: Stage):
     """Endless ([B, T] ids, [B, T] labels); rows of similar length share a batch."""
     vocabulary = tokenizer.get_vocab()
-    rng = random.Random(TRAIN_SEED)
-    stream = problems(TRAIN_SEED, skip)
+    rng = random.Random(stage.seed)
+    stream = problems(stage.seed, skip, stage.numbers, stage.drill_share)
     while True:
         rows = []
         for terms in itertools.islice(stream, 4096):
             prompt = [tokenizer.bos_token_id, *(vocabulary[c] for c in written(terms) + "\n")]
-            answer = [*(vocabulary[c] for c in solution(terms, rng)), tokenizer.eos_token_id]
+            text = solution(terms, rng, stage.numbers)
+            answer = [*(vocabulary[c] for c in text), tokenizer.eos_token_id]
             if len(prompt) + len(answer) <= MAX_TOKENS:
                 rows.append((prompt, answer))
         rows.sort(key=lambda row: len(row[0]) + len(row[1]))
         chunks, chunk = [], []
         for row in rows:
-            if chunk and (len(chunk) + 1) * (len(row[0]) + len(row[1])) > tokens_per_step:
+            if chunk and (len(chunk) + 1) * (len(row[0]) + len(row[1])) > stage.tokens_per_batch:
                 chunks.append(chunk)
                 chunk = []
             chunk.append(row)
@@ -101,33 +128,36 @@ def batches(tokenizer: PreTrainedTokenizerFast, skip: frozenset[str], tokens_per
             yield ids, labels
 
 
-def train(model: LlamaForCausalLM, stream, steps: int, peak_lr: float) -> None:
+def train(model: LlamaForCausalLM, stream, stage: Stage) -> None:
     decayed = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=peak_lr, betas=(0.9, 0.98))
-    warmup, started = min(60, steps // 5), time.monotonic()
-    for step, (ids, labels) in zip(range(steps), stream, strict=False):
-        done = max(0.0, (step - warmup) / max(1, steps - warmup))
-        lr = peak_lr * min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+    optimizer = torch.optim.AdamW(groups, lr=stage.peak_lr, betas=(0.9, 0.98))
+    warmup, started = min(60, stage.steps // 5), time.monotonic()
+    for step in range(stage.steps):
+        done = max(0.0, (step - warmup) / max(1, stage.steps - warmup))
+        decay = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done))
         for group in optimizer.param_groups:
-            group["lr"] = lr
-        loss = model(input_ids=ids, labels=labels).loss  # padding is on the right, so causality masks it
-        loss.backward()
+            group["lr"] = stage.peak_lr * min(1.0, (step + 1) / warmup) * decay
+        total = 0.0
+        for ids, labels in itertools.islice(stream, stage.batches_per_step):
+            # Padding is on the right, so causality masks it.
+            loss = model(input_ids=ids, labels=labels).loss / stage.batches_per_step
+            loss.backward()
+            total += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step % 25 == 0 or step == steps - 1:
+        if step % 25 == 0 or step == stage.steps - 1:
             minutes = (time.monotonic() - started) / 60
-            print(f"optim_step {step:5d}  loss {loss.item():.4f}  lr {lr:.1e}  {minutes:.1f} min", flush=True)
+            print(f"optim_step {step:5d}  loss {total:.4f}  {minutes:.1f} min", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write into")
-    parser.add_argument("--steps", type=int, default=2600, help="optimizer steps")
-    parser.add_argument("--tokens-per-step", type=int, default=5000, help="tokens a step, padding included")
-    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     options = parser.parse_args()
 
     options.out.mkdir(parents=True, exist_ok=True)
@@ -138,7 +168,8 @@ def main() -> None:
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
-    train(model, batches(tokenizer, skip, options.tokens_per_step), options.steps, options.lr)
+    for stage in STAGES:
+        train(model, batches(tokenizer, skip, stage), stage)
     tokenizer.save_pretrained(options.out / "model")
     model.save_pretrained(options.out / "model")
 

@@ -52,71 +52,89 @@ def written(terms: list[Term]) -> str:
     return text
 
 
-def problem(rng: random.Random) -> list[Term]:
-    """A sum of one to five terms, a few of them products, whose value is not negative."""
+@dataclass(frozen=True)
+class Range:
+    """How large the numbers of a problem are.
+
+    Attributes:
+        ones: share of single-digit terms.
+        largest: of a term that is no product.
+        factor: the largest two-digit factor of a product.
+        any_pair: whether any two terms may be merged, or only those in the order of a sum or difference.
+    """
+
+    ones: float
+    largest: int
+    factor: int
+    any_pair: bool
+
+
+WIDE = Range(ones=0.25, largest=99, factor=99, any_pair=True)
+NARROW = Range(ones=0.45, largest=19, factor=19, any_pair=False)
+
+
+def problem(rng: random.Random, numbers: Range = NARROW) -> list[Term]:
+    """A sum of one to five terms, a few of them products; of NARROW numbers its value is not negative."""
     while True:
         kind = rng.random()
         if kind < 0.08:
-            terms = [Term(1, rng.randint(11, 39), rng.randint(11, 39))]
+            terms = [Term(1, rng.randint(11, numbers.factor + 10), rng.randint(11, numbers.factor + 10))]
         elif kind < 0.20:
-            terms = [Term(1, rng.randint(11, 29), rng.randint(2, 9))]
-            if rng.random() < 0.5:
-                terms.append(Term(rng.choice([1, -1]), _regroupable(rng)))
-        elif kind < 0.35:
-            terms = [Term(1, _regroupable(rng)), Term(rng.choice([1, 1, -1]), _regroupable(rng))]
+            terms = [Term(1, rng.randint(11, numbers.factor), rng.randint(2, 9))]
         else:
-            num_terms = rng.choices([3, 4, 5], [6, 3, 1])[0]
-            terms = [Term(1, _regroupable(rng)), *(_random_term(rng) for _ in range(num_terms - 1))]
-        if sum(term.value for term in terms) >= 0:
+            num_terms = rng.choices([2, 3, 4, 5], [3, 6, 3, 1])[0]
+            terms = [_random_term(rng, numbers, product_share=0.06) for _ in range(num_terms)]
+        if kind < 0.20 and rng.random() < 0.5:
+            terms.append(_random_term(rng, numbers, product_share=0.0))
+        terms = [Term(1, terms[0].left, terms[0].right), *terms[1:]]
+        if numbers.any_pair or sum(term.value for term in terms) >= 0:
             return terms
 
 
-def _random_term(rng: random.Random) -> Term:
+def _random_term(rng: random.Random, numbers: Range, product_share: float) -> Term:
     sign = rng.choice([1, 1, -1])
-    if rng.random() < 0.06:
+    if rng.random() < product_share:
         return Term(sign, rng.randint(2, 9), rng.randint(2, 9))
-    return Term(sign, rng.randint(2, 9) if rng.random() < 0.3 else rng.randint(10, 39))
+    return Term(sign, rng.randint(2, 9) if rng.random() < numbers.ones else rng.randint(11, numbers.largest))
 
 
-def _regroupable(rng: random.Random) -> int:
-    """A number with tens and ones, so that even a sum of two has more than one solution."""
-    return rng.randint(1, 3) * 10 + rng.randint(1, 9)
+def drill(rng: random.Random) -> list[Term]:
+    """A sum or difference of two numbers as they occur in the middle of solutions."""
+    first, second = rng.randint(2, 90), rng.randint(2, 30)
+    return [Term(1, first), Term(1 if rng.random() < 0.5 or second > first else -1, second)]
 
 
-def solution(terms: list[Term], rng: random.Random) -> str:
+def solution(terms: list[Term], rng: random.Random, numbers: Range = NARROW) -> str:
     """One of the valid solutions, chosen at random, ending in a line `#<integer>`."""
     lines = []
     while len(terms) > 1 or terms[0].is_product:
-        terms = _rewrite(terms, rng)
+        terms = _rewrite(terms, rng, numbers)
         lines.append("=" + written(terms))
     return "\n".join([*lines, f"#{terms[0].value}"])
 
 
-def _rewrite(terms: list[Term], rng: random.Random) -> list[Term]:
+def _rewrite(terms: list[Term], rng: random.Random, numbers: Range) -> list[Term]:
     products = [i for i, term in enumerate(terms) if term.is_product]
+    plain = [i for i, term in enumerate(terms) if not term.is_product]
     # Products usually come first: a product that is not split stays in every later line.
-    if products and (len(products) == len(terms) or rng.random() < 0.8):
+    if products and (len(plain) < 2 or rng.random() < 0.8):
         i = rng.choice(products)
         return [*terms[:i], *_expand(terms[i], rng), *terms[i + 1 :]]
-    plain = [i for i, term in enumerate(terms) if not term.is_product]
-    if len(plain) < 2:
-        i = products[0]
-        return [*terms[:i], *_expand(terms[i], rng), *terms[i + 1 :]]
-    first, second = _pair(terms, plain, rng)
+    first, second = _pair(terms, plain, rng, numbers)
     merged = _merge(terms[first], terms[second], rng)
     rest = [*terms[:first], *merged, *terms[first + 1 : second], *terms[second + 1 :]]
     return [term for term in rest if term.value != 0] or [number(0)]
 
 
-def _pair(terms: list[Term], plain: list[int], rng: random.Random) -> tuple[int, int]:
+def _pair(terms: list[Term], plain: list[int], rng: random.Random, numbers: Range) -> tuple[int, int]:
     """Which two numbers to merge: the first that fit half of the time, else any that fit.
 
     Those fit whose sum is not negative and that stand in the order of a sum or difference; only where
-    none do, a pair with a negative sum is taken.
+    none do, another pair is taken.
     """
     pairs = [(i, j) for n, i in enumerate(plain) for j in plain[n + 1 :]]
     fitting = [(i, j) for i, j in pairs if terms[i].sign > 0 and terms[i].value + terms[j].value >= 0]
-    choices = fitting or pairs
+    choices = pairs if numbers.any_pair else fitting or pairs
     return choices[0] if rng.random() < 0.5 else rng.choice(choices)
 
 
@@ -150,11 +168,16 @@ def _merge(a: Term, b: Term, rng: random.Random) -> list[Term]:
     return [number(a.value + b.value)]
 
 
-def problems(seed: int, skip: frozenset[str] = frozenset()) -> Iterator[list[Term]]:
-    """An endless stream of problems whose text is not in `skip`."""
+def problems(
+    seed: int,
+    skip: frozenset[str] = frozenset(),
+    numbers: Range = NARROW,
+    drill_share: float = 0.0,
+) -> Iterator[list[Term]]:
+    """An endless stream of problems, or drills, whose text is not in `skip`."""
     rng = random.Random(seed)
     while True:
-        terms = problem(rng)
+        terms = drill(rng) if rng.random() < drill_share else problem(rng, numbers)
         if written(terms) not in skip:
             yield terms
 
