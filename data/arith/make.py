@@ -1,4 +1,4 @@
-"""Makes the embedded default model: `python data/arith/make.py`, about 30 minutes on two cores.
+"""Makes the embedded default model: `python data/arith/make.py`, about 35 minutes on two cores.
 
 Writes beside itself `prompts.jsonl` (128 problems) and `model/` (tokenizer, config and weights): a
 Llama of 1.6 M parameters that reads one character a token and was trained by supervised learning on
@@ -94,6 +94,7 @@ class Stage:
 STAGES = (
     Stage(WIDE, 0.0, 2600, 6000, 1, 2e-3, 1),
     Stage(NARROW, 0.5, 1000, 1500, 4, 1.5e-3, 2),
+    Stage(NARROW, 0.5, 500, 1500, 4, 1e-3, 3),
 )
 
 
@@ -162,7 +163,7 @@ def main() -> None:
 
     options.out.mkdir(parents=True, exist_ok=True)
     prompts = options.out / "prompts.jsonl"
-    write_prompts(prompts, PROMPT_SEED, NUM_PROMPTS)
+    write_prompts(prompts, PROMPT_SEED, NUM_PROMPTS, wide_share=0.06, drill_share=0.4)
     skip = frozenset(json.loads(line)["prompt"] for line in prompts.read_text().splitlines())
 
     tokenizer = make_tokenizer()

@@ -182,12 +182,24 @@ def problems(
             yield terms
 
 
-def write_prompts(path: Path, seed: int, count: int) -> None:
-    """`count` different problems as `{"prompt", "ground_truth"}` lines."""
+def has_choices(terms: list[Term]) -> bool:
+    """Whether solutions of the problem really differ: of four random ones, two do."""
+    return len({solution(terms, random.Random(seed)) for seed in range(4)}) > 1
+
+
+def write_prompts(path: Path, seed: int, count: int, wide_share: float, drill_share: float) -> None:
+    """`count` different problems whose solutions differ, as `{"prompt", "ground_truth"}` lines.
+
+    Args:
+        wide_share: of the problems, how many have wide numbers; the model is trained less on these.
+        drill_share: of the others, how many are sums of two numbers alone.
+    """
+    rng = random.Random(seed)
+    narrow = filter(has_choices, problems(seed, drill_share=drill_share))
+    wide = filter(has_choices, problems(seed, numbers=WIDE))
     lines: dict[str, str] = {}
-    for terms in problems(seed):
+    while len(lines) < count:
+        terms = next(wide if rng.random() < wide_share else narrow)
         answer = str(sum(term.value for term in terms))
         lines.setdefault(written(terms), json.dumps({"prompt": written(terms), "ground_truth": answer}))
-        if len(lines) == count:
-            break
     path.write_text("\n".join(lines.values()) + "\n")

@@ -85,11 +85,17 @@ def test_every_line_of_a_solution_has_the_value_of_the_problem(problems):
         assert {value_of(line.removeprefix("=")) for line in lines} == {value}
 
 
+def test_the_prompts_are_those_that_the_script_writes(problems, tmp_path):
+    problems.write_prompts(tmp_path / "prompts.jsonl", 20260531, 128, wide_share=0.06, drill_share=0.4)
+    assert (tmp_path / "prompts.jsonl").read_text() == (ARITH / "prompts.jsonl").read_text()
+
+
 def test_no_prompt_can_be_among_the_training_problems(problems):
     prompts = frozenset(json.loads(line)["prompt"] for line in (ARITH / "prompts.jsonl").open())
-    first = next(problems.problems(20260531))
-    assert problems.written(first) in prompts
-    assert problems.written(next(problems.problems(20260531, prompts))) not in prompts
+    without = itertools.islice(problems.problems(20260531, prompts), 500)
+    assert not {problems.written(terms) for terms in without} & prompts
+    anything = itertools.islice(problems.problems(20260531, drill_share=0.4), 500)
+    assert {problems.written(terms) for terms in anything} & prompts
 
 
 def test_the_committed_weights_are_small_and_of_one_to_four_million_parameters():
