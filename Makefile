@@ -9,7 +9,7 @@ LOCK := requirements-$(ACCELERATOR).lock
 READY := $(VENV)/ready-$(ACCELERATOR)
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## install the locked packages into .venv
 

@@ -63,11 +63,14 @@ def serve_nightly(config: NightlyConfig, lake: Path, cron: str) -> None:
             f'--cron {cron!r} is no cron expression. Give five fields, like "0 2 * * *".'
         ) from None
     with _server(url):
+        from prefect.deployments.runner import EntrypointType
+
         from flows.nightly import nightly
 
         console.print(f'Serving the flow `nightly` at {url}, next by cron "{cron}" (UTC). Stop with Ctrl-C.')
         nightly.serve(
             name="nightly",
+            entrypoint_type=EntrypointType.MODULE_PATH,  # found wherever the command was started
             cron=cron,
             limit=1,
             parameters={"config": config.model_dump(mode="json"), "lake": str(lake)},

@@ -1,6 +1,7 @@
-"""One night: generate, verify, commit, mine, export, train on, report."""
+"""One night: generate, verify, commit, mine, export, train on, report.
 
-from __future__ import annotations
+Annotations here are no strings: Prefect reads them to validate the parameters of a scheduled run.
+"""
 
 from dataclasses import dataclass, field
 from pathlib import Path
