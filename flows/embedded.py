@@ -63,7 +63,7 @@ def serve_nightly(config: NightlyConfig, lake: Path, cron: str) -> None:
             f'--cron {cron!r} is no cron expression. Give five fields, like "0 2 * * *".'
         ) from None
     with _server(url):
-        from prefect.deployments.runner import EntrypointType
+        from prefect.types.entrypoint import EntrypointType
 
         from flows.nightly import nightly
 

@@ -25,7 +25,8 @@ def section_options(model: type[BaseModel]) -> Callable[[F], F]:
             default = "" if info.default is None else f" [{info.default}]"
             text = f"{info.description}{default if kind is not bool else ''}"
             if kind is bool:
-                function = click.option(flag, name, is_flag=True, default=None, help=text)(function)
+                both = f"{flag}/--no-{flag.removeprefix('--')}"
+                function = click.option(both, name, default=None, help=text)(function)
             else:
                 function = click.option(flag, name, type=_click_type(kind), default=None, help=text)(function)
         return function

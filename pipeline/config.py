@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pipeline.errors import ConfigError, nearest
 
 DEFAULT_LAKE = Path("data/lake")
-ARITH_PROMPTS = "data/arith/prompts.jsonl"
+ARITH_PROMPTS = "arith"
 
 
 class Section(BaseModel):
@@ -103,7 +103,9 @@ class TrainConfig(Section):
 
 class NightlyConfig(Section):
     model: str = Field("arith", description="arith, smollm2, or a Hugging Face model folder")
-    prompts: str = Field(ARITH_PROMPTS, description="Parquet or JSONL file, or reasoning_gym:<task>?size=N&…")
+    prompts: str = Field(
+        ARITH_PROMPTS, description="arith, Parquet or JSONL file, or reasoning_gym:<task>?size=N&…"
+    )
     max_prompts: int | None = Field(None, ge=1, description="only the first N prompts")
     night: date | None = Field(None, description="the night's date; default: today in UTC")
     on_overlap: Literal["wait", "refuse"] = Field(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -35,8 +35,9 @@ def ingest(
 ) -> Ingested:
     """Commits rows of `rollouts` (without names and step entropies), their prompts, and what was refused.
 
-    Rows with bad entropies, log-probs or rewards, and samples whose (group_id, sample_index) is taken by
-    another rollout, go to quarantine; the rest of the batch proceeds. One transaction.
+    Rows with bad entropies, log-probs or rewards, samples whose (group_id, sample_index) is taken by another
+    rollout, and samples of another prompt or policy than their group's, go to quarantine; the rest of the
+    batch proceeds. One transaction.
 
     Args:
         sources: where each row comes from: a run, or a file and line.
@@ -58,29 +59,60 @@ def ingest(
     return Ingested(new["rollouts"], len(good) - new["rollouts"], len(all_refused))
 
 
+@dataclass
+class _Held:
+    """What the lake and the rows so far hold of some groups.
+
+    Attributes:
+        places: rollout and reward by (group, sample index).
+        policies: (prompt, model, policy version) by group; experts aside.
+    """
+
+    places: dict[tuple[str, int], tuple[str, float]] = field(default_factory=dict)
+    policies: dict[str, tuple[Any, Any, Any]] = field(default_factory=dict)
+
+    def conflict(self, row: dict[str, Any]) -> str | None:
+        """Why the row contradicts what is held, or None; then it is held too."""
+        group, index = row["group_id"], int(row["sample_index"])
+        if row.get("origin") != "expert":
+            policy = (row.get("prompt_id"), row.get("model"), row.get("policy_version"))
+            known = self.policies.setdefault(group, policy)
+            if known != policy:
+                return f"group {group} is of one prompt, model and policy version: {known}, not {policy}"
+        content = (
+            rollout_id(group, index, row["prompt_ids"], row["completion_ids"]),
+            float(row["reward"]),
+        )
+        if self.places.setdefault((group, index), content) != content:
+            return f"duplicate: sample {index} of group {group} is there with another content"
+        return None
+
+
 def _without_conflicts(
     lake: Lake, rows: list[dict[str, Any]], source_of: dict[int, str]
 ) -> tuple[list[dict[str, Any]], list[Refused]]:
-    """Refuses rows whose place in the group is taken by a rollout with other tokens or another reward."""
-    taken = _places_in_lake(lake, rows)
+    """Refuses rows that contradict their group: another prompt or policy, or a place that is taken."""
+    held = _held(lake, rows)
     good, refused = [], []
     for row in rows:
-        place = (row["group_id"], int(row["sample_index"]))
-        content = rollout_id(*place, row["prompt_ids"], row["completion_ids"]), float(row["reward"])
-        if taken.setdefault(place, content) == content:
+        reason = held.conflict(row)
+        if reason is None:
             good.append(row)
         else:
-            reason = f"duplicate: sample {place[1]} of group {place[0]} is there with another content"
             refused.append(Refused(reason, source_of[id(row)], row))
     return good, refused
 
 
-def _places_in_lake(lake: Lake, rows: Sequence[dict[str, Any]]) -> dict[tuple[str, int], tuple[str, float]]:
+def _held(lake: Lake, rows: Sequence[dict[str, Any]]) -> _Held:
     groups = pa.table({"group_id": pa.array(sorted({row["group_id"] for row in rows}), pa.string())})
+    held = _Held()
     with lake.reader() as reader:
         reader.materialize_rows("incoming_groups", groups)
-        held = reader.rows(
-            "select group_id, sample_index, rollout_id, reward from rollouts "
-            "where group_id in (select incoming_groups.group_id from incoming_groups)"
-        )
-    return {(row["group_id"], row["sample_index"]): (row["rollout_id"], row["reward"]) for row in held}
+        for row in reader.rows(
+            "select group_id, sample_index, rollout_id, reward, origin, prompt_id, model, policy_version "
+            "from rollouts where group_id in (select incoming_groups.group_id from incoming_groups)"
+        ):
+            held.places[row["group_id"], row["sample_index"]] = row["rollout_id"], row["reward"]
+            if row["origin"] != "expert":
+                held.policies[row["group_id"]] = row["prompt_id"], row["model"], row["policy_version"]
+    return held

@@ -196,6 +196,19 @@ class Lake:
 
         self._changed(change)
 
+    def touch_mining(self, mining_id: str) -> None:
+        """Makes a recorded mining the newest: it was asked for again, so its clips are wanted now."""
+
+        def change(connection: duckdb.DuckDBPyConnection, _written: list[Path]) -> None:
+            connection.execute("begin")
+            connection.execute(
+                "update mining_runs set created_at = now() where mining_id = ? "
+                "and created_at < (select max(created_at) from mining_runs)",
+                [mining_id],
+            )
+
+        self._changed(change)
+
     def _changed(self, change: Callable[[duckdb.DuckDBPyConnection, list[Path]], Result]) -> Result:
         """Commits what `change` does, while no other writer of this machine writes.
 

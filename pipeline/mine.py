@@ -71,7 +71,9 @@ def mine(
         mining_id = content_id(data_snapshot, [file["sha256"] for file in files], settings, sql_hash)
         known = _recorded(newest, mining_id)
         if known is not None:
+            lake.touch_mining(mining_id)
             return known
+        _refuse_unknown_scope(reader, since_snapshot, run_id)
         _refuse_damage(lake, reader, newest)
         groups, dropped, clips = _decide(reader, config, since_snapshot, run_id)
 
@@ -146,6 +148,20 @@ def _refuse_mixed_entropies(reader: Reader) -> None:
         raise MiningError(
             f"The successes to mine have several kinds of entropy ({', '.join(map(str, kinds))}), which do "
             "not compare. Choose one with --entropy-kind."
+        )
+
+
+def _refuse_unknown_scope(reader: Reader, since_snapshot: int | None, run_id: str | None) -> None:
+    if since_snapshot is not None and not 0 <= since_snapshot <= reader.snapshot:
+        raise MiningError(
+            f"There is no snapshot {since_snapshot} to mine since; the newest is {reader.snapshot}. "
+            'See `echomine sql "from snapshots"`.'
+        )
+    runs = "select count(*) as n from rollouts where run_id = $run_id"
+    if run_id is not None and not reader.rows(runs, {"run_id": run_id})[0]["n"]:
+        raise MiningError(
+            f"The lake has no run {run_id}. "
+            'See `echomine sql "select distinct run_id from rollouts"` for those it has.'
         )
 
 

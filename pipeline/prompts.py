@@ -19,6 +19,7 @@ from pipeline.gym_tasks import GYM_PREFIX, gym_prompts
 from pipeline.records import Int32, Prompt
 
 PARQUET_BATCH_ROWS = 1024
+EMBEDDED = Path(__file__).resolve().parent.parent / "data" / "arith" / "prompts.jsonl"
 # Columns with a meaning of their own; what else a row holds goes to `extra_info`.
 _KNOWN = {"prompt", "ground_truth", "data_source", "reward_model", "extra_info"}
 
@@ -27,8 +28,9 @@ def read_prompts(source: str, limit: int | None = None) -> list[Prompt]:
     """The prompts of a file or of a reasoning_gym task, in order, each prompt_id once.
 
     Args:
-        source: a .parquet or .jsonl file, in verl's format or with `prompt` (text or messages) and
-            `ground_truth`; or `reasoning_gym:<task>?size=200&seed=1&…` (see `gym_tasks`).
+        source: `arith` (the embedded problems); a .parquet or .jsonl file, in verl's format or with `prompt`
+            (text or messages) and `ground_truth`; or `reasoning_gym:<task>?size=200&seed=1&…`, as in
+            `gym_tasks`.
         limit: only the first so many distinct prompts; the rest of a file is not read.
 
     Raises:
@@ -39,7 +41,8 @@ def read_prompts(source: str, limit: int | None = None) -> list[Prompt]:
         raise PromptError(
             f"{limit} prompts of {source} were asked for. Ask for 1 at least, or give no limit."
         )
-    found = gym_prompts(source) if source.startswith(GYM_PREFIX) else _file_prompts(Path(source))
+    path = EMBEDDED if source == "arith" else Path(source)
+    found = gym_prompts(source) if source.startswith(GYM_PREFIX) else _file_prompts(path)
     prompts: dict[str, Prompt] = {}
     for prompt in found:
         prompts.setdefault(prompt.prompt_id, prompt)

@@ -130,7 +130,9 @@ def export_shards(lake: Lake, folder: Path, config: ExportConfig, mining_id: str
     else:
         manifest = _write(rows, target, manifest, config.clips_per_shard)
     lake.commit({"shards": _shard_rows(target, manifest)})
-    _replace_json(folder.absolute() / "latest.json", {"export": export_id, "mining_id": mining["mining_id"]})
+    if manifest["clips"]:  # a trainer that follows latest.json keeps its clips when a night found none
+        latest = {"export": export_id, "mining_id": mining["mining_id"]}
+        _replace_json(folder.absolute() / "latest.json", latest)
     return Export(target, manifest["clips"], manifest["dropped"], manifest)
 
 
@@ -149,9 +151,13 @@ def _excluded(source: Path | None) -> tuple[set[str], set[str]]:
         return set(), set()
     if source.suffix == ".txt":
         try:
-            return set(source.read_text(encoding="utf-8").split()), set()
+            ids = set(source.read_text(encoding="utf-8").split())
         except (OSError, UnicodeDecodeError) as error:
             raise FormatError(f"Cannot read {source}: {error}. Check --exclude-prompts.") from error
+        if not ids:
+            # nothing to keep out is more likely a mistake than a wish, and would leak the evaluation
+            raise FormatError(f"{source} names no prompt to keep out. Check --exclude-prompts.")
+        return ids, set()
     prompts = read_prompts(str(source))
     # Messages too: the same question with another ground truth is still the evaluation's question.
     messages = {

@@ -33,6 +33,7 @@ from pipeline.tokenization import completion_step_ends, completion_text, tokeniz
 REQUIRED = ("group_id", "sample_index", "completion_ids", "completion_entropies", "reward")
 ORIGINS = ("policy", "trainer", "expert")
 FINISH_REASONS = ("stop", "length")
+ENTROPY_KINDS = ("full_vocab", "full_vocab_tempered", "rescored")
 SUFFIXES = (".parquet", ".jsonl", ".ndjson")
 BATCH_ROLLOUTS = 4096
 
@@ -238,6 +239,14 @@ def _fits(row: dict[str, Any]) -> dict[str, Any]:
         row["created_at"] = _time(row["created_at"])
     if isinstance(row.get("reward_parts"), dict):
         row["reward_parts"] = list(row["reward_parts"].items())
+    for name, least in (("policy_version", 0), ("group_size", 1), ("max_tokens", 1), ("temperature", 0)):
+        value = row.get(name)
+        if isinstance(value, int | float) and value < least:
+            raise FormatError(f"column `{name}` is {value}, less than {least}")
+    if row["entropy_kind"] not in (None, *ENTROPY_KINDS):
+        raise FormatError(f"entropy_kind {row['entropy_kind']!r:.40} is none of {ENTROPY_KINDS}")
+    if not row["prompt_ids"]:
+        raise FormatError("prompt_ids is empty, and a completion cannot be trained without a prompt")
     for column in schema.ROLLOUTS:
         value = row.get(column.name)
         if value is None or column.name in ("reward", "completion_entropies", "completion_logprobs"):

@@ -86,3 +86,16 @@ def test_a_taken_place_is_not_given_to_another_content(
 
 def test_nothing_to_ingest_is_nothing_written(lake: Lake) -> None:
     assert put(lake, []) == Ingested()
+
+
+def test_a_group_is_of_one_prompt_and_one_policy(tmp_path):
+    lake = Lake.create(tmp_path / "lake")
+    first = rollout("g", 0)
+    ingest(lake, [first], ["a:1"])
+    later = rollout("g", 1) | {"policy_version": (first.get("policy_version") or 0) + 7}
+    other = rollout("g", 2) | {"prompt_id": "another"}
+    done = ingest(lake, [later, other], ["a:2", "a:3"])
+    assert (done.written, done.refused) == (0, 2)
+    with lake.reader() as reader:
+        reasons = reader.rows("select reason from quarantine")
+    assert all("of one prompt, model and policy version" in row["reason"] for row in reasons)

@@ -266,3 +266,11 @@ def test_sql_and_a_plain_walk_of_the_rules_choose_the_same_clips(lake: Lake) -> 
     assert reasons.keys() == {
         "kept", "step_entropy", "policy_lag", "duplicate", "max_clips_per_prompt", "max_clips"
     }  # fmt: skip
+
+
+def test_a_run_or_snapshot_that_is_not_there_is_refused_and_leaves_no_mining(sample_lake):
+    lake = sample_lake.lake
+    with pytest.raises(MiningError, match="has no run nope"):
+        mine(lake, MiningConfig(), run_id="nope")
+    with pytest.raises(MiningError, match="no snapshot 5000"):
+        mine(lake, MiningConfig(), since_snapshot=5000)

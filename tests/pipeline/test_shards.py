@@ -229,3 +229,30 @@ def test_clips_of_several_tokenizers_do_not_share_a_shard(mined: SampleLake, tmp
     with pytest.raises(MiningError, match="clips of 2 tokenizers"):
         export_shards(lake, tmp_path / "shards", ExportConfig(), mining.mining_id)
     assert not (tmp_path / "shards").exists()
+
+
+def test_a_mining_asked_for_again_is_the_one_that_is_exported(sample_lake, tmp_path):
+    shutil.copytree(sample_lake.lake.folder, tmp_path / "lake")
+    lake = Lake.open(tmp_path / "lake")
+    wide = mine(lake, MiningConfig(clips_per_group=2))
+    narrow = mine(lake, MiningConfig(max_clips=1))
+    assert export_shards(lake, tmp_path / "shards", ExportConfig()).manifest["mining_id"] == narrow.mining_id
+    assert mine(lake, MiningConfig(clips_per_group=2)) == wide
+    assert export_shards(lake, tmp_path / "shards", ExportConfig()).manifest["mining_id"] == wide.mining_id
+
+
+def test_an_empty_export_does_not_become_the_newest(sample_lake, tmp_path):
+    shutil.copytree(sample_lake.lake.folder, tmp_path / "lake")
+    lake = Lake.open(tmp_path / "lake")
+    full = export_shards(lake, tmp_path / "shards", ExportConfig(), sample_lake.mining_id)
+    empty = export_shards(lake, tmp_path / "shards", ExportConfig(max_tokens=1), sample_lake.mining_id)
+    assert (full.clips > 0, empty.clips) == (True, 0)
+    assert json.loads((tmp_path / "shards" / "latest.json").read_text())["export"] == full.folder.name
+
+
+def test_an_exclusion_that_names_nothing_is_refused(sample_lake, tmp_path):
+    (tmp_path / "evaluation.txt").write_text("\n")
+    with pytest.raises(FormatError, match="names no prompt to keep out"):
+        export_shards(
+            sample_lake.lake, tmp_path / "shards", ExportConfig(exclude_prompts=tmp_path / "evaluation.txt")
+        )
