@@ -120,6 +120,7 @@ def test_a_second_night_waits_for_the_first(tmp_path, environment, config):
         second = subprocess.run(nightly, env=environment, cwd=PROJECT, capture_output=True, text=True)
         assert "Another night is running" in second.stderr
         assert "Nothing was generated" in second.stdout
+        assert second.returncode in (0, 3)
         assert first.wait(timeout=60) in (0, 3)
     assert len(rows(lake, "from mining_runs")) == 1
 
@@ -136,8 +137,6 @@ def test_a_scheduled_night_fires(tmp_path, environment, config):
         api = environment["PREFECT_API_URL"]
         runs = httpx.post(f"{api}/flow_runs/filter", json={}).json()
         assert any(run["auto_scheduled"] and run["name"] == "nightly 2026-05-31 arith" for run in runs)
-        deployments = httpx.post(f"{api}/deployments/filter", json={}).json()
-        assert [d["concurrency_limit"] or d["global_concurrency_limit"]["limit"] for d in deployments] == [1]
 
 
 def test_prefect_yaml_deploys_the_flow_to_a_work_pool(environment):
