@@ -28,6 +28,9 @@ FAULTS = [
     ("mismatched_step_entropies", {"completion_entropies": None}),
     ("duplicate_rollouts", {"rollout_id": "r0", "sample_index": 7}),
     ("duplicate_samples", {"sample_index": 0}),
+    ("mixed_groups", {"policy_version": 7}),
+    ("mixed_groups", {"prompt_id": "another"}),
+    ("mixed_groups", {"model": "another"}),
 ]
 
 
@@ -35,6 +38,10 @@ def rollout(index: int) -> dict[str, object]:
     return {
         "rollout_id": f"r{index}",
         "group_id": "g",
+        "prompt_id": "p",
+        "origin": "policy",
+        "model": "small",
+        "policy_version": 0,
         "sample_index": index,
         "completion_ids": [5, 6, 7],
         "completion_logprobs": [-0.1, -0.2, -0.3],
@@ -58,7 +65,7 @@ def test_a_sound_lake_passes_every_check(sample_lake):
     with sample_lake.lake.reader() as reader:
         results = run_checks(reader)
     assert [result.name for result in results] == sorted({name for name, _ in FAULTS} | {"orphan_clips"})
-    assert [result.num_offending for result in results] == [0] * 8
+    assert [result.num_offending for result in results] == [0] * 9
 
 
 @pytest.mark.parametrize(("check", "fault"), FAULTS)
