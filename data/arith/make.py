@@ -134,7 +134,7 @@ def train(model: LlamaForCausalLM, stream, stage: Stage) -> None:
     plain = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=stage.peak_lr, betas=(0.9, 0.98))
-    warmup, started = min(60, stage.steps // 5), time.monotonic()
+    warmup, started = max(1, min(60, stage.steps // 5)), time.monotonic()
     for step in range(stage.steps):
         done = max(0.0, (step - warmup) / max(1, stage.steps - warmup))
         decay = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done))
