@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +28,12 @@ def nightly(
     lake: Path,
     config: Path | None,
     as_json: bool,
-    model: str | None,
-    prompts: str | None,
-    max_prompts: int | None,
-    verifier: str | None,
-    night: datetime | None,
     serve: bool,
     cron: str,
+    **options: Any,
 ) -> None:
     """Run one night: generate, verify, commit, mine, export, train and report."""
-    settings = load_config(config, night_settings(model, prompts, max_prompts, verifier, night))
+    settings = load_config(config, night_settings(**options))
     from flows import embedded
     from pipeline.preflight import check_night
 
@@ -66,18 +61,9 @@ def nightly(
 @common_options
 @json_option
 @night_options
-def generate(
-    lake: Path,
-    config: Path | None,
-    as_json: bool,
-    model: str | None,
-    prompts: str | None,
-    max_prompts: int | None,
-    verifier: str | None,
-    night: datetime | None,
-) -> None:
+def generate(lake: Path, config: Path | None, as_json: bool, **options: Any) -> None:
     """Generate, verify and commit a night's rollouts, without mining or training."""
-    settings = load_config(config, night_settings(model, prompts, max_prompts, verifier, night))
+    settings = load_config(config, night_settings(**options))
     from flows.progress import bar
     from pipeline import runs
     from pipeline.ingest import Ingested

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,19 +12,6 @@ from pipeline.ingest import Ingested, ingest
 from pipeline.lake import Lake
 from pipeline.mine import mine
 from pipeline.rollouts import Refused
-
-
-@pytest.fixture(scope="module")
-def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("empty") / "lake"
-    Lake.create(folder)
-    return folder
-
-
-@pytest.fixture
-def lake(empty: Path, tmp_path: Path) -> Lake:
-    shutil.copytree(empty, tmp_path / "lake")
-    return Lake.open(tmp_path / "lake")
 
 
 def put(lake: Lake, rows: list[dict[str, Any]], refused: list[Refused] | None = None) -> Ingested:

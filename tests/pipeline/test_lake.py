@@ -51,20 +51,6 @@ def finished(processes: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str]
     return [(p.returncode, "".join(text)) for p, text in zip(processes, said, strict=True)]
 
 
-@pytest.fixture(scope="module")
-def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty lake to copy: a lake is a folder like any other."""
-    folder = tmp_path_factory.mktemp("empty") / "lake"
-    Lake.create(folder)
-    return folder
-
-
-@pytest.fixture
-def lake(empty: Path, tmp_path: Path) -> Lake:
-    shutil.copytree(empty, tmp_path / "lake")
-    return Lake.open(tmp_path / "lake")
-
-
 def test_a_new_lake_has_every_table_and_nothing_half_made(empty: Path) -> None:
     with Lake.create(empty).reader() as reader:
         for table, columns in schema.TABLES.items():

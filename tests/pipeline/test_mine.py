@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import random
-import shutil
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,19 +18,6 @@ from pipeline.mine import Mining, mine
 
 Row = dict[str, Any]
 CLIP = ("group_id", "group_rank", "sample_index", "step_index", "clip_tokens", "clip_rank")
-
-
-@pytest.fixture(scope="module")
-def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("empty") / "lake"
-    Lake.create(folder)
-    return folder
-
-
-@pytest.fixture
-def lake(empty: Path, tmp_path: Path) -> Lake:
-    shutil.copytree(empty, tmp_path / "lake")
-    return Lake.open(tmp_path / "lake")
 
 
 def put(lake: Lake, *rows: Row) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -26,19 +25,6 @@ from pipeline.tokenization import tokenizer_hash
 
 TOKENIZER = character_tokenizer()
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "echoclip.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("empty") / "lake"
-    Lake.create(folder)
-    return folder
-
-
-@pytest.fixture
-def lake(empty: Path, tmp_path: Path) -> Lake:
-    shutil.copytree(empty, tmp_path / "lake")
-    return Lake.open(tmp_path / "lake")
 
 
 def dumped(group_id: str, sample_index: int, text: str = "4\n#2", **changes: Any) -> dict[str, Any]:
