@@ -18,7 +18,7 @@ $(READY): $(LOCK) pyproject.toml
 	  { echo "echomine: $$($(PYTHON) --version) is too old. Give Python 3.11 or newer: make PYTHON=python3.11"; exit 2; }
 	@echo "Installing from $(LOCK) into $(VENV) …"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install --quiet --disable-pip-version-check -r $(LOCK)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r $(LOCK)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@rm -f $(VENV)/ready-*
 	@touch $@

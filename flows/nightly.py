@@ -14,9 +14,10 @@ from flows import tasks
 from flows.progress import bar, console
 from pipeline.config import NightlyConfig
 from pipeline.errors import BusyError
+from pipeline.generate import stop_generating
 from pipeline.ingest import Ingested
 from pipeline.lake import Lake
-from pipeline.runs import facts, finish
+from pipeline.runs import NightRun, facts, finish
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,7 @@ def nightly(config: NightlyConfig, lake: Path) -> NightlyResult:
     lock = _one_night_at_a_time(config, lake)
     try:
         run = tasks.open_run(config, lake)
-        done = Ingested()
-        batches = tasks.missing_batches(run)
-        with bar("generating", len(batches)) as update:
-            for number, prompt_ids in enumerate(batches, start=1):
-                done += tasks.commit(run, tasks.verify(run, tasks.generate(run, prompt_ids)))
-                update(number)
+        done = _generate(run)
         mined = tasks.mine(run)
         exported = tasks.export(run, mined)
         training = tasks.train(run, exported)
@@ -83,6 +79,20 @@ def nightly(config: NightlyConfig, lake: Path) -> NightlyResult:
         return result
     finally:
         lock.release()
+
+
+def _generate(run: NightRun) -> Ingested:
+    """Commits batch after batch while the engine samples on; then scores what came without entropies."""
+    done = Ingested()
+    missing = tasks.missing_groups(run)
+    try:
+        with bar("generating rollouts", len(missing) * run.config.sampling.group_size) as update:
+            while (staged := tasks.generate(run)) is not None:
+                done += tasks.commit(run, tasks.verify(run, staged))
+                update(done.written + done.known + done.refused)
+    finally:
+        stop_generating(run)
+    return done
 
 
 def _one_night_at_a_time(config: NightlyConfig, lake: Path) -> FileLock:

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 import click
 from pydantic import BaseModel
 
-from pipeline.config import DEFAULT_LAKE
+from pipeline.config import DEFAULT_LAKE, EngineConfig
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -68,6 +68,11 @@ def night_options(function: F) -> F:
             click.option("--model", help="arith, smollm2, or a Hugging Face model folder"),
             click.option("--prompts", help="Parquet or JSONL file, or reasoning_gym:<task>?size=N&…"),
             click.option("--max-prompts", type=int, help="only the first N prompts"),
+            click.option(
+                "--engine",
+                type=click.Choice(get_args(EngineConfig.model_fields["kind"].annotation)),
+                help="what samples the rollouts; auto: vLLM where it is installed",
+            ),
             click.option("--verifier", help="exact, math, reasoning_gym, or module:function"),
             click.option(
                 "--night", type=click.DateTime(["%Y-%m-%d"]), help="the night's date; default: today in UTC"
@@ -82,6 +87,7 @@ def night_settings(
     model: str | None,
     prompts: str | None,
     max_prompts: int | None,
+    engine: str | None,
     verifier: str | None,
     night: datetime | None,
 ) -> dict[str, Any]:
@@ -91,6 +97,7 @@ def night_settings(
         "prompts": prompts,
         "max_prompts": max_prompts,
         "night": night.date() if night else None,
+        "engine": {"kind": engine},
         "verify": {"verifier": verifier},
     }
 

@@ -29,12 +29,56 @@ class SamplingConfig(Section):
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus mass that is sampled from; 1 keeps all")
     top_k: int = Field(0, ge=0, description="most likely tokens that are sampled from; 0 keeps all")
     max_tokens: int = Field(256, ge=1, description="completion tokens at most")
+    stop: tuple[str, ...] = Field((), description="strings that end a completion, which keeps them")
     seed: int = Field(0, ge=0, description="decides, with group and sample, each sample's noise")
 
 
+class VllmConfig(Section):
+    max_num_seqs: int = Field(256, ge=1, description="rollouts that run at once")
+    max_num_batched_tokens: int | None = Field(
+        None, ge=1, description="tokens of one forward pass; none: vLLM's own"
+    )
+    max_model_len: int | None = Field(
+        None, ge=2, description="prompt and completion tokens at most; none: the model's"
+    )
+    gpu_memory_utilization: float = Field(
+        0.9, gt=0, le=1, description="share of a GPU's memory that an engine takes"
+    )
+    kv_cache_gib: float = Field(2.0, gt=0, description="size of the KV cache on a CPU")
+    tensor_parallel: int = Field(1, ge=1, description="GPUs that share one model")
+    data_parallel: int = Field(1, ge=1, description="engines side by side, each with GPUs of its own")
+    enforce_eager: bool | None = Field(
+        None, description="no compilation and no CUDA graphs: starts sooner; none: only on a CPU"
+    )
+    in_process: bool = Field(False, description="the engine core in this process, not in its own")
+    sampler: Literal["tap", "vllm"] = Field(
+        "tap", description="who draws the tokens: the entropy tap, by seed, or vLLM's sampler"
+    )
+    max_restarts: int = Field(3, ge=0, description="restarts of an engine without a group finished between")
+
+
+class ServerConfig(Section):
+    endpoints: tuple[str, ...] = Field(
+        (), description="base URLs of `vllm serve`, such as http://gpu1:8000/v1"
+    )
+    model: str | None = Field(None, description="the name it is served under; none: the only one there")
+    api_key_env: str | None = Field(None, description="environment variable that holds the API key")
+    concurrency: int = Field(32, ge=1, description="groups in flight at one endpoint")
+    timeout_seconds: float = Field(
+        600.0, gt=0, description="an answer that takes longer is asked for elsewhere"
+    )
+    max_attempts: int = Field(5, ge=1, description="attempts at one group, over all endpoints")
+
+
 class EngineConfig(Section):
-    kind: Literal["transformers"] = Field("transformers", description="what samples the rollouts")
-    batch_rollouts: int = Field(512, ge=1, description="rollouts sampled at once; a commit holds as many")
+    kind: Literal["auto", "vllm", "transformers", "server"] = Field(
+        "auto", description="what samples the rollouts; auto: vLLM where it is installed, else transformers"
+    )
+    batch_rollouts: int = Field(
+        512,
+        ge=1,
+        description="rollouts verified and committed together; transformers samples as many",
+    )
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$", description="auto, cpu, cuda or cuda:N"
     )
@@ -43,6 +87,14 @@ class EngineConfig(Section):
     )
     entropy_kind: Literal["full_vocab", "full_vocab_tempered"] = Field(
         "full_vocab", description="entropy at temperature 1, or of the tempered distribution"
+    )
+    vllm: VllmConfig = Field(default_factory=VllmConfig)
+    server: ServerConfig = Field(default_factory=ServerConfig)
+
+
+class ScoreConfig(Section):
+    batch_tokens: int | None = Field(
+        None, ge=1, description="padded tokens in one forward pass of the scorer; none: what suits the device"
     )
 
 
@@ -113,6 +165,7 @@ class NightlyConfig(Section):
     )
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
     engine: EngineConfig = Field(default_factory=EngineConfig)
+    score: ScoreConfig = Field(default_factory=ScoreConfig)
     verify: VerifyConfig = Field(default_factory=VerifyConfig)
     mining: MiningConfig = Field(default_factory=MiningConfig)
     export: ExportConfig = Field(default_factory=ExportConfig)

@@ -57,6 +57,10 @@ class MiningError(EchoMineError):
     """The mining that was asked for makes no sense on this lake."""
 
 
+class EngineError(EchoMineError):
+    """The engine that samples cannot go on."""
+
+
 class BusyError(EchoMineError):
     """Something that only one process may do at a time is being done."""
 

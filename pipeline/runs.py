@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from functools import lru_cache
@@ -18,14 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import NightlyConfig
-from pipeline.engines.base import GroupRequest
-from pipeline.engines.transformers import TransformersEngine
 from pipeline.hashing import content_id
 from pipeline.ingest import Ingested, ingest
 from pipeline.lake import Lake
-from pipeline.models import load_model, model_folder, policy_of
+from pipeline.models import model_folder, policy_of
 from pipeline.prompts import read_prompts
-from pipeline.records import Policy, Prompt, Run, group_id, sample_seed
+from pipeline.records import Policy, Prompt, Run
 from pipeline.rewards import VerifierPool
 from pipeline.rollouts import Sampled, rollout_rows
 from pipeline.staging import is_judged, stage, staged
@@ -124,60 +120,6 @@ def finish(run: NightRun) -> None:
     update_facts(run, done=True)
 
 
-def missing_batches(run: NightRun) -> list[list[str]]:
-    """Prompt ids of the groups that are not in the lake, in batches.
-
-    Batches are cut from the whole list of prompts, so that a resumed night samples the same batches.
-    """
-    done = _finished_groups(run)
-    per_batch = max(1, run.config.engine.batch_rollouts // run.config.sampling.group_size)
-    ids = [prompt.prompt_id for prompt in run.prompts()]
-    batches = [ids[start : start + per_batch] for start in range(0, len(ids), per_batch)]
-    missing = [[i for i in batch if _group_of(run, i) not in done] for batch in batches]
-    return [batch for batch in missing if batch]
-
-
-def _finished_groups(run: NightRun) -> set[str]:
-    """Groups with rollouts in the lake, or whose verifier refused them all."""
-    with run.lake().reader() as reader:
-        rows = reader.rows(
-            "select distinct group_id from rollouts where run_id = $run_id "
-            "union select distinct group_id from quarantine where run_id = $run_id",
-            {"run_id": run.run_id},
-        )
-    return {row["group_id"] for row in rows}
-
-
-def _group_of(run: NightRun, prompt_id: str) -> str:
-    return group_id(run.run_id, prompt_id, run.policy.policy_version)
-
-
-def generate(run: NightRun, prompt_ids: Sequence[str]) -> Path:
-    """Samples one batch of groups into the run's staging folder.
-
-    Returns:
-        the staged file; one that a killed run left there is used again.
-    """
-    path = run.folder / "staging" / f"{content_id(list(prompt_ids))}.parquet"
-    if path.is_file():
-        return path
-    started = time.monotonic()
-    by_id = {prompt.prompt_id: prompt for prompt in run.prompts()}
-    seed, size = run.config.sampling.seed, run.config.sampling.group_size
-    requests = [
-        GroupRequest(by_id[i], tuple(sample_seed(seed, _group_of(run, i), k) for k in range(size)))
-        for i in prompt_ids
-    ]
-    engine = engine_of(run)
-    groups = list(engine.generate(requests, run.config.sampling))
-    order = {prompt_id: place for place, prompt_id in enumerate(prompt_ids)}
-    stage(path, sorted(groups, key=lambda group: order[group.prompt.prompt_id]))
-    spent = facts(run).get("generate_seconds", 0.0) + time.monotonic() - started
-    tokens = sum(len(sample.completion_ids) for group in groups for sample in group.samples)
-    update_facts(run, generate_seconds=spent, generated_tokens=facts(run).get("generated_tokens", 0) + tokens)
-    return path
-
-
 def verify(run: NightRun, path: Path) -> Path:
     """Judges a staged batch; a verifier that hangs or dies costs its own rollout."""
     if is_judged(path):
@@ -195,14 +137,15 @@ def commit(run: NightRun, path: Path) -> Ingested:
     """Puts a judged batch of whole groups into the lake, in one transaction."""
     prompts = {prompt.prompt_id: prompt for prompt in run.prompts()}
     groups, judgements = staged(path, prompts)
+    noted = facts(run)
     sampled = Sampled(
         run.record,
         run.policy,
         run.config.sampling,
-        TransformersEngine.logprobs_kind,
-        run.config.engine.entropy_kind,
+        noted["logprobs_kind"],
+        noted["entropy_kind"],
         run.config.verify.verifier,
-        facts(run)["verifier_version"],
+        noted["verifier_version"],
     )
     rows, refused = rollout_rows(sampled, groups, judgements, load_tokenizer(run.model_folder))
     done = ingest(run.lake(), rows, [run.run_id] * len(rows), [group.prompt for group in groups], refused)
@@ -222,17 +165,6 @@ def sealed_snapshot(run: NightRun) -> int:
             noted = reader.snapshot
         update_facts(run, snapshot=noted)
     return int(noted)
-
-
-def engine_of(run: NightRun) -> TransformersEngine:
-    engine = run.config.engine
-    return _engine(run.model_folder, engine.device, engine.dtype, engine.entropy_kind)
-
-
-@lru_cache(maxsize=1)
-def _engine(folder: Path, device: str, dtype: str, entropy_kind: str) -> TransformersEngine:
-    """The loaded engine stays for the next batch."""
-    return TransformersEngine(load_model(folder, device, dtype), load_tokenizer(folder), entropy_kind)
 
 
 @lru_cache(maxsize=4)

@@ -90,6 +90,11 @@ def staged(path: Path, prompts: Mapping[str, Prompt]) -> tuple[list[Group], list
     return groups, judgements
 
 
+def staged_prompt_ids(path: Path) -> set[str]:
+    """The prompts whose groups a staged file holds."""
+    return set(pq.read_table(path, columns=["prompt_id"])["prompt_id"].to_pylist())
+
+
 def is_judged(path: Path) -> bool:
     return bool(pq.read_table(path, columns=["judged"])["judged"][0].as_py())
 

@@ -66,16 +66,21 @@ def generate(lake: Path, config: Path | None, as_json: bool, **options: Any) -> 
     settings = load_config(config, night_settings(**options))
     from flows.progress import bar
     from pipeline import runs
+    from pipeline.generate import generate as next_batch
+    from pipeline.generate import missing_groups, stop_generating
     from pipeline.ingest import Ingested
     from pipeline.preflight import check_night
 
     check_night(settings)
     run = runs.open_run(settings, lake)
-    batches, done = runs.missing_batches(run), Ingested()
-    with bar("generating", len(batches)) as update:
-        for number, prompt_ids in enumerate(batches, start=1):
-            done += runs.commit(run, runs.verify(run, runs.generate(run, prompt_ids)))
-            update(number)
+    missing, done = missing_groups(run), Ingested()
+    try:
+        with bar("generating rollouts", len(missing) * settings.sampling.group_size) as update:
+            while (staged := next_batch(run)) is not None:
+                done += runs.commit(run, runs.verify(run, staged))
+                update(done.written + done.known + done.refused)
+    finally:
+        stop_generating(run)
     counts: dict[str, Any] = {"run_id": run.run_id, "night": str(run.night), **asdict(done)}
     print_counts(as_json, counts)
     if done.refused:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from pipeline.config import SamplingConfig
-from pipeline.records import Group, Prompt
+from pipeline.errors import PromptError
+from pipeline.records import Group, Int32, Prompt
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,12 @@ class Engine(Protocol):
     Attributes:
         logprobs_kind: "raw" or "processed" (after temperature and truncation).
         entropy_kind: "full_vocab" or "full_vocab_tempered".
+        overlaps: whether it goes on sampling while its caller does something else.
     """
 
     logprobs_kind: str
     entropy_kind: str
+    overlaps: bool
 
     def generate(self, requests: Sequence[GroupRequest], sampling: SamplingConfig) -> Iterator[Group]:
         """Yields each group once, when all its samples are finished, in any order.
@@ -39,3 +42,25 @@ class Engine(Protocol):
             PromptError: a prompt that does not fit the model with `max_tokens` completion tokens.
         """
         ...
+
+    def close(self) -> None:
+        """Gives back what the engine holds. It cannot be used afterwards."""
+        ...
+
+
+def refuse_long_prompts(
+    requests: Sequence[GroupRequest], prompts: Sequence[Int32], sampling: SamplingConfig, context: int | None
+) -> None:
+    """Raises PromptError for the first prompt that leaves no room for its completion.
+
+    Args:
+        prompts: the token ids of each request's prompt.
+        context: tokens that the model reads at most; None if it does not say.
+    """
+    for request, prompt in zip(requests, prompts, strict=True):
+        if context is not None and len(prompt) + sampling.max_tokens > context:
+            raise PromptError(
+                f"Prompt {request.prompt.prompt_id} ({request.prompt.text[:40]!r}) has {len(prompt)} "
+                f"tokens; with sampling.max_tokens = {sampling.max_tokens} it exceeds the model's "
+                f"{context}. Lower max_tokens or shorten the prompt."
+            )

@@ -12,10 +12,11 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from pipeline.config import SamplingConfig
-from pipeline.engines.base import GroupRequest
-from pipeline.errors import PromptError
+from pipeline.engines.base import GroupRequest, refuse_long_prompts
+from pipeline.engines.sampling import DrawRule, draw, noise
 from pipeline.prompts import prompt_messages_ids
 from pipeline.records import Group, Int32, Sample
+from pipeline.tokenization import completion_text
 
 
 @dataclass
@@ -35,49 +36,74 @@ class TransformersEngine:
     """Samples with a Hugging Face model in this process; the trainer hands in its live model."""
 
     logprobs_kind = "raw"
+    overlaps = False
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, entropy_kind: str = "full_vocab") -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        entropy_kind: str = "full_vocab",
+        batch_rollouts: int | None = None,
+    ) -> None:
+        """`batch_rollouts` are sampled at once, whole groups only and at least one; None samples all."""
         self.model = model
         self.tokenizer = tokenizer
         self.entropy_kind = entropy_kind
+        self.batch_rollouts = batch_rollouts
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[GroupRequest], sampling: SamplingConfig) -> Iterator[Group]:
-        """See `Engine.generate`. All requests are one batch; rows leave it as they finish."""
-        if not requests:
-            return
+        """See `Engine.generate`. Rows leave their batch as they finish."""
         prompts = [prompt_messages_ids(self.tokenizer, request.prompt.messages) for request in requests]
-        self._refuse_long(requests, prompts, sampling)
+        context = getattr(self.model.config, "max_position_embeddings", None)
+        refuse_long_prompts(requests, prompts, sampling, context)
         was_training = self.model.training
         self.model.train(False)
         try:
-            yield from self._sampled(requests, prompts, sampling)
+            for start, end in self._batches(requests):
+                yield from self._sampled(requests[start:end], prompts[start:end], sampling)
         finally:
             self.model.train(was_training)
+
+    def close(self) -> None:
+        """There is nothing to end; the model belongs to whoever handed it in."""
+
+    def _batches(self, requests: Sequence[GroupRequest]) -> Iterator[tuple[int, int]]:
+        """Where batches of whole groups start and end in the list of requests."""
+        start, rollouts = 0, 0
+        for i, request in enumerate(requests):
+            if i > start and self.batch_rollouts and rollouts + len(request.seeds) > self.batch_rollouts:
+                yield start, i
+                start, rollouts = i, 0
+            rollouts += len(request.seeds)
+        if start < len(requests):
+            yield start, len(requests)
 
     def _sampled(
         self, requests: Sequence[GroupRequest], prompts: Sequence[Int32], sampling: SamplingConfig
     ) -> Iterator[Group]:
         rows = [
-            _Row(request, index, np.random.Generator(np.random.Philox(key=seed)).random(sampling.max_tokens))
+            _Row(request, index, noise(seed, sampling.max_tokens))
             for request, one in enumerate(requests)
             for index, seed in enumerate(one.seeds)
         ]
         finished: dict[int, list[_Row]] = {}
-        ends = self._end_ids()
+        ends, rule = self._end_ids(), DrawRule.of(sampling, self.entropy_kind)
         alive = rows
         logits, cache, mask = self._prefill(prompts, [row.request for row in rows])
         for position in range(sampling.max_tokens):
             uniforms = torch.tensor([row.noise[position] for row in alive], dtype=torch.float64)
-            chosen = _sample(logits, uniforms.to(logits.device), sampling, self.entropy_kind)
+            drawn = draw(logits, uniforms.to(logits.device), rule)
+            chosen = drawn.tokens.tolist(), drawn.logprobs.tolist(), drawn.entropies.tolist()
             keep = []
             for i, (row, token, logprob, entropy) in enumerate(zip(alive, *chosen, strict=True)):
                 row.ids.append(token)
                 row.logprobs.append(logprob)
                 row.entropies.append(entropy)
-                if token in ends:
+                ended = token in ends or self._reads_stop(row.ids, sampling.stop)
+                if ended:
                     row.finish_reason = "stop"
-                if token in ends or position == sampling.max_tokens - 1:
+                if ended or position == sampling.max_tokens - 1:
                     done = finished.setdefault(row.request, [])
                     done.append(row)
                     if len(done) == len(requests[row.request].seeds):
@@ -127,63 +153,18 @@ class TransformersEngine:
         logits: Tensor = output.logits[:, -1].float()
         return logits
 
+    def _reads_stop(self, ids: list[int], stop: Sequence[str]) -> bool:
+        """Whether the newest token completes a stop string. Every token is a character or more, or a byte."""
+        if not stop:
+            return False
+        reach = 4 * max(map(len, stop))  # bytes that a character can take
+        text = completion_text(self.tokenizer, ids[-reach:])
+        return any(string in text for string in stop)
+
     def _end_ids(self) -> frozenset[int]:
         configured = getattr(self.model.generation_config, "eos_token_id", None)
         ids = configured if isinstance(configured, list) else [configured]
         return frozenset(i for i in (*ids, self.tokenizer.eos_token_id) if i is not None)
-
-    def _refuse_long(
-        self, requests: Sequence[GroupRequest], prompts: Sequence[Int32], sampling: SamplingConfig
-    ) -> None:
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        for request, prompt in zip(requests, prompts, strict=True):
-            if limit is not None and len(prompt) + sampling.max_tokens > limit:
-                raise PromptError(
-                    f"Prompt {request.prompt.prompt_id} ({request.prompt.text[:40]!r}) has {len(prompt)} "
-                    f"tokens; with sampling.max_tokens = {sampling.max_tokens} it exceeds the model's "
-                    f"{limit}. Lower max_tokens or shorten the prompt."
-                )
-
-
-def _sample(
-    logits: Tensor, uniforms: Tensor, sampling: SamplingConfig, entropy_kind: str
-) -> tuple[list[int], list[float], list[float]]:
-    """One token a row by inverse transform: the row's own uniform picks from its own distribution.
-
-    Args:
-        logits: [B, V] float32, as the model gave them.
-        uniforms: [B] float64 in [0, 1).
-
-    Returns:
-        token ids [B]; their log-probs [B] at temperature 1 before truncation, nats; entropies [B], nats.
-    """
-    raw = torch.log_softmax(logits, dim=-1)
-    tempered = (
-        raw if sampling.temperature == 1.0 else torch.log_softmax(logits / sampling.temperature, dim=-1)
-    )
-    measured = tempered if entropy_kind == "full_vocab_tempered" else raw
-    entropies = -(measured.exp() * measured).sum(dim=-1)
-    probabilities = _truncated(tempered.exp(), sampling).double()
-    cumulative = probabilities.cumsum(dim=-1)
-    # right: the first token whose cumulative mass exceeds the uniform, so none of mass zero is taken
-    targets = uniforms[:, None] * cumulative[:, -1:]
-    tokens = torch.searchsorted(cumulative, targets, right=True).clamp(max=logits.shape[-1] - 1)
-    logprobs = raw.gather(-1, tokens)[:, 0]
-    return tokens[:, 0].tolist(), logprobs.tolist(), entropies.clamp(min=0).tolist()
-
-
-def _truncated(probabilities: Tensor, sampling: SamplingConfig) -> Tensor:
-    """[B, V] with the tokens outside top-k and top-p at zero; not renormalized."""
-    vocabulary = probabilities.shape[-1]
-    if 0 < sampling.top_k < vocabulary:
-        floor = probabilities.topk(sampling.top_k, dim=-1).values[:, -1:]
-        probabilities = probabilities.where(probabilities >= floor, 0.0)
-    if sampling.top_p < 1.0:
-        ordered, order = probabilities.sort(dim=-1, descending=True)
-        mass_before = ordered.cumsum(dim=-1) - ordered
-        ordered = ordered.where(mass_before < sampling.top_p * ordered.sum(dim=-1, keepdim=True), 0.0)
-        probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
-    return probabilities
 
 
 def _group(request: GroupRequest, prompt_ids: Int32, rows: list[_Row]) -> Group:

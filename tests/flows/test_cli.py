@@ -154,7 +154,7 @@ def test_generated_rollouts_are_counted_once(tmp_path, capfd):
     config = tmp_path / "night.toml"
     config.write_text("[sampling]\ngroup_size = 2\nmax_tokens = 16\n")
     arguments = ["generate", "--json", "--lake", str(tmp_path / "lake"), "--night", "2026-03-01"]
-    arguments += ["--prompts", str(prompts), "--config", str(config)]
+    arguments += ["--prompts", str(prompts), "--config", str(config), "--engine", "transformers"]
     assert main(arguments) == 0
     first = json.loads(capfd.readouterr().out)
     assert main(arguments) == 0

@@ -19,7 +19,7 @@ SETTINGS = {
     "max_prompts": 24,
     "night": "2026-05-31",
     "sampling": {"group_size": 4, "max_tokens": 64},
-    "engine": {"batch_rollouts": 32},
+    "engine": {"kind": "transformers", "batch_rollouts": 32},
     "train": {"optim_steps": 2, "prompts_per_step": 2, "group_size": 4, "clips_per_step": 4},
 }
 

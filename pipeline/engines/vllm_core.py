@@ -1,0 +1,250 @@
+"""One vLLM engine: feeding it, collecting finished groups with what the tap measured, starting it again."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.config import EngineConfig, SamplingConfig
+from pipeline.engines.base import GroupRequest
+from pipeline.engines.sampling import DrawRule
+from pipeline.engines.tap import Measured, TapRequest
+from pipeline.engines.vllm_start import EngineDead, start_vllm, stop_vllm, why
+from pipeline.errors import EngineError
+from pipeline.records import Float32, Group, Int32, Sample
+
+log = logging.getLogger(__name__)
+
+OUTSTANDING = 2  # requests in the engine, as a multiple of those that it runs at once
+_ROUNDING = 1e-3  # nats that a float32 entropy may exceed its bound by
+
+
+@dataclass
+class _Running:
+    """A group in the engine. `done` holds (completion ids, log-probs of vLLM or None, finish reason)."""
+
+    request: GroupRequest
+    prompt_ids: Int32
+    keys: tuple[str, ...]
+    done: dict[str, tuple[Int32, Float32 | None, str]] = field(default_factory=dict)
+
+
+class VllmCore:
+    """One vLLM engine of `num_engines`, number `index`; not to be used by two threads at once."""
+
+    def __init__(
+        self, folder: Path, tokenizer: Any, config: EngineConfig, index: int = 0, num_engines: int = 1
+    ) -> None:
+        """Raises EngineError if the engine does not start."""
+        self._config, self._tokenizer = config, tokenizer
+        self._folder, self._place = folder, (index, num_engines)
+        self._names = itertools.count()
+        self._engine: Any = self._started()
+        self.max_model_len = int(self._engine.model_config.max_model_len)
+        self._max_entropy = math.log(self._engine.model_config.get_vocab_size()) + _ROUNDING
+
+    def _started(self) -> Any:
+        return start_vllm(self._folder, self._config, *self._place)
+
+    def stream(self, waiting: deque[tuple[GroupRequest, Int32]], sampling: SamplingConfig) -> Iterator[Group]:
+        """Takes groups from `waiting` (which other engines may share) and yields them as they finish.
+
+        An engine that dies is started again with the groups that it had; one that dies again and again
+        without finishing any puts them back.
+
+        Raises:
+            EngineError: the engine died more often than `max_restarts`, or its answers contradict the tap.
+        """
+        running: dict[str, _Running] = {}  # by key; every key of a group leads to it
+        restarts = 0
+        try:
+            while True:
+                try:
+                    self._feed(waiting, running, sampling)
+                    if not running:
+                        return
+                    for group in self._step(running):
+                        restarts = 0
+                        yield group
+                except EngineDead as error:
+                    restarts += 1
+                    if restarts > self._config.vllm.max_restarts:
+                        raise EngineError(
+                            f"vLLM died {restarts} times without finishing a group: {why(error)} "
+                            "Finished groups are kept; start the night again to go on."
+                        ) from error
+                    log.warning("vLLM died (%s); starting it again.", why(error))
+                    self._restart(running, sampling)
+        finally:
+            self._give_up(waiting, running)
+
+    def _feed(
+        self,
+        waiting: deque[tuple[GroupRequest, Int32]],
+        running: dict[str, _Running],
+        sampling: SamplingConfig,
+    ) -> None:
+        """Keeps the engine's line full, and no longer than that: the night's prompts are not its to hold."""
+        while len(running) < OUTSTANDING * self._config.vllm.max_num_seqs:
+            try:
+                request, prompt_ids = waiting.popleft()
+            except IndexError:
+                return
+            name = next(self._names)
+            group = _Running(request, prompt_ids, tuple(f"{name}-{k}" for k in range(len(request.seeds))))
+            running.update(dict.fromkeys(group.keys, group))
+            self._submit(group, sampling)
+
+    def _submit(self, group: _Running, sampling: SamplingConfig) -> None:
+        for key, seed in zip(group.keys, group.request.seeds, strict=True):
+            if key not in group.done:
+                params = self._params(key, seed, sampling)
+                prompt = {"type": "token", "prompt_token_ids": group.prompt_ids.tolist()}
+                self._call("add_request", key, prompt, params)
+
+    def _params(self, key: str, seed: int, sampling: SamplingConfig) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        draws = self._config.vllm.sampler == "tap"
+        request = TapRequest(
+            key, seed, sampling.max_tokens, DrawRule.of(sampling, self._config.entropy_kind), draws
+        )
+        if draws:
+            # greedy takes what the tap made certain; a seed of vLLM's own is not needed, and together with
+            # prompts that are read in pieces it would kill a CPU engine
+            drawing: dict[str, Any] = {"temperature": 0.0}
+        else:
+            drawing = {
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "top_k": sampling.top_k,
+                "seed": None if self._engine.vllm_config.device_config.device_type == "cpu" else seed,
+                "logprobs": 0,
+                "flat_logprobs": True,
+            }
+        return SamplingParams(
+            max_tokens=sampling.max_tokens,
+            stop=list(sampling.stop),
+            detokenize=bool(sampling.stop),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            extra_args=request.as_arguments(),
+            **drawing,
+        )
+
+    def _step(self, running: dict[str, _Running]) -> Iterator[Group]:
+        """One step of the engine; the groups that are complete with it."""
+        complete = []
+        for output in self._call("step"):
+            if not output.finished:
+                continue
+            group, completion = running[output.request_id], output.outputs[0]
+            if completion.finish_reason not in ("stop", "length"):
+                raise EngineError(
+                    f"vLLM ended a completion with {completion.finish_reason!r}, which is neither stop nor "
+                    "length. Start the night again."
+                )
+            group.done[output.request_id] = (
+                np.array(completion.token_ids, dtype=np.int32),
+                _flat_logprobs(completion),
+                completion.finish_reason,
+            )
+            if len(group.done) == len(group.keys):
+                complete.append(group)
+        if not complete:
+            return
+        keys = [key for group in complete for key in group.keys]
+        measured = self._call("collective_rpc", "take_entropies", args=(keys,))[0]
+        for group in complete:
+            for key in group.keys:
+                del running[key]
+            yield self._group(group, measured)
+
+    def _group(self, group: _Running, measured: dict[str, bytes]) -> Group:
+        samples = tuple(
+            self._sample(index, seed, group.done[key], Measured.from_bytes(measured[key]))
+            for index, (key, seed) in enumerate(zip(group.keys, group.request.seeds, strict=True))
+        )
+        return Group(group.request.prompt, group.prompt_ids, samples)
+
+    def _sample(
+        self, index: int, seed: int, done: tuple[Int32, Float32 | None, str], measured: Measured
+    ) -> Sample:
+        """The first T measurements are those of the completion: what came after it was cut off."""
+        ids, logprobs, finish_reason = done
+        entropies = measured.entropies[: len(ids)]
+        if logprobs is None:
+            logprobs = measured.logprobs[: len(ids)]
+            if not np.array_equal(measured.tokens[: len(ids)], ids):
+                raise EngineError("vLLM returned other tokens than the tap drew. This is a fault of ours.")
+        if len(entropies) != len(ids) or (entropies > self._max_entropy).any():
+            raise EngineError(
+                f"The tap measured {len(entropies)} entropies for {len(ids)} tokens, up to "
+                f"{entropies.max(initial=0.0):.3f} of {self._max_entropy:.3f} nats. This is a fault of ours."
+            )
+        return Sample(index, seed, ids, logprobs, entropies, finish_reason)
+
+    def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """A call of the engine; whatever tells of its death is an EngineDead."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            return getattr(self._engine, method)(*args, **kwargs)
+        except EngineDeadError as error:
+            raise EngineDead(self._engine) from error
+
+    def _restart(self, running: dict[str, _Running], sampling: SamplingConfig) -> None:
+        """Starts anew. The tap died too, so finished samples of open groups are sampled again, same seeds."""
+        stop_vllm(self._engine)
+        self._engine = self._started()
+        for group in {id(group): group for group in running.values()}.values():
+            group.done.clear()
+            self._submit(group, sampling)
+
+    def _give_up(self, waiting: deque[tuple[GroupRequest, Int32]], running: dict[str, _Running]) -> None:
+        """Ends what still runs when nobody asks for it any more, and puts it back in the line."""
+        if not running:
+            return
+        keys = list(running)
+        try:
+            self._call("abort_request", keys)
+            self._call("collective_rpc", "forget_entropies", args=(keys,))
+        except EngineDead:
+            log.debug("vLLM is dead; there is nothing to abort.")
+        for group in {id(group): group for group in running.values()}.values():
+            waiting.appendleft((group.request, group.prompt_ids))
+
+    def num_tapped(self) -> int:
+        """Requests whose numbers the tap holds; bounded by those in the engine."""
+        return int(self._call("collective_rpc", "count_tapped")[0])
+
+    def update_weights(self, folder: Path) -> None:
+        """See `VllmEngine.update_weights`."""
+        try:
+            self._call("collective_rpc", "exchange_weights", args=(str(folder),))
+            self._call("reset_prefix_cache")
+        except Exception as error:  # vLLM's loaders raise many kinds
+            raise EngineError(
+                f"vLLM cannot take the weights in {folder}: {why(error)} Give a checkpoint of the same model."
+            ) from error
+        self._folder = folder
+
+    def close(self) -> None:
+        stop_vllm(self._engine)
+        self._engine = None
+
+
+def _flat_logprobs(completion: Any) -> Float32 | None:
+    """vLLM's own log-probs of the sampled tokens: the first entry of each position."""
+    flat = completion.logprobs
+    if flat is None:
+        return None
+    return np.array([flat.logprobs[start] for start in flat.start_indices], dtype=np.float32)

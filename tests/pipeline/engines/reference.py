@@ -1,0 +1,78 @@
+"""What a completion's log-probs and entropies are, by teacher forcing in float64; and checks against it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from pipeline.config import SamplingConfig
+from pipeline.engines.base import GroupRequest
+from pipeline.models import load_model
+from pipeline.prompts import read_prompts
+from pipeline.records import Group, Prompt
+
+ARITH = Path(__file__).parents[3] / "data" / "arith"
+
+
+def float64_model(folder: Path = ARITH / "model") -> PreTrainedModel:
+    return load_model(folder, "cpu", "float32").double()
+
+
+def arith_prompts(count: int) -> list[Prompt]:
+    return read_prompts(str(ARITH / "prompts.jsonl"), count)
+
+
+def requests_of(prompts: Iterable[Prompt], group_size: int, first_seed: int = 0) -> list[GroupRequest]:
+    """Groups whose samples all have seeds of their own."""
+    return [
+        GroupRequest(prompt, tuple(first_seed + group_size * i + k for k in range(group_size)))
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+@torch.inference_mode()
+def differences(
+    model: PreTrainedModel, groups: Sequence[Group], temperature: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Absolute differences of every token's log-prob (at temperature 1) and entropy from the model's own."""
+    of_logprobs, of_entropies = [], []
+    for group in groups:
+        for sample in group.samples:
+            ids = np.concatenate([group.prompt_ids, sample.completion_ids]).astype(np.int64)
+            logits = model(input_ids=torch.from_numpy(ids)[None]).logits[0, len(group.prompt_ids) - 1 : -1]
+            raw = torch.log_softmax(logits.double(), dim=-1)
+            measured = torch.log_softmax(logits.double() / temperature, dim=-1)
+            chosen = raw[torch.arange(len(raw)), torch.from_numpy(sample.completion_ids.astype(np.int64))]
+            entropies = -(measured.exp() * measured).sum(dim=-1)
+            assert sample.logprobs is not None
+            assert sample.entropies is not None
+            of_logprobs.append(np.abs(sample.logprobs - chosen.numpy()))
+            of_entropies.append(np.abs(sample.entropies - entropies.numpy()))
+    return np.concatenate(of_logprobs), np.concatenate(of_entropies)
+
+
+def check_whole(groups: Sequence[Group], requests: Sequence[GroupRequest], sampling: SamplingConfig) -> None:
+    """Every group that was asked for, once, with as many finite numbers as tokens."""
+    assert sorted(g.prompt.prompt_id for g in groups) == sorted(r.prompt.prompt_id for r in requests)
+    seeds = {request.prompt.prompt_id: request.seeds for request in requests}
+    for group in groups:
+        assert tuple(sample.seed for sample in group.samples) == seeds[group.prompt.prompt_id]
+        assert [sample.sample_index for sample in group.samples] == list(range(len(group.samples)))
+        for sample in group.samples:
+            assert sample.logprobs is not None
+            assert sample.entropies is not None
+            assert 1 <= len(sample.completion_ids) <= sampling.max_tokens
+            assert len(sample.completion_ids) == len(sample.entropies) == len(sample.logprobs)
+            assert np.isfinite(sample.entropies).all()
+            assert (sample.entropies >= 0).all()
+            assert np.isfinite(sample.logprobs).all()
+            assert (sample.logprobs <= 0).all()
+            assert sample.finish_reason in ("stop", "length")
+
+
+def ids_by_prompt(groups: Sequence[Group]) -> dict[str, list[list[int]]]:
+    return {g.prompt.prompt_id: [s.completion_ids.tolist() for s in g.samples] for g in groups}
