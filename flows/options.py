@@ -84,12 +84,12 @@ def night_options(function: F) -> F:
 
 
 def night_settings(
-    model: str | None,
-    prompts: str | None,
-    max_prompts: int | None,
-    engine: str | None,
-    verifier: str | None,
-    night: datetime | None,
+    model: str | None = None,
+    prompts: str | None = None,
+    max_prompts: int | None = None,
+    engine: str | None = None,
+    verifier: str | None = None,
+    night: datetime | None = None,
 ) -> dict[str, Any]:
     """The options of `night_options`, nested like the config."""
     return {

@@ -78,6 +78,32 @@ def load_model(folder: Path, device: str = "auto", dtype: str = "auto") -> PreTr
     return model
 
 
+def config_facts(folder: Path) -> dict[str, Any]:
+    """What config.json says of the (text) model.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    path = folder / "config.json"
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        return dict(facts.get("text_config") or facts)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{path} is no readable model configuration: {said(error)}. Copy it there anew."
+        ) from error
+
+
+def check_fit(folder: Path, tokenizer: Any) -> None:
+    """Raises ModelError if the tokenizer has tokens that the model does not know."""
+    known, highest = config_facts(folder).get("vocab_size"), max(tokenizer.get_vocab().values(), default=-1)
+    if isinstance(known, int) and highest >= known:
+        raise ModelError(
+            f"The tokenizer in {folder} has token ids up to {highest}, and the model knows 0 to {known - 1}. "
+            "Give the folder the tokenizer that the model was trained with."
+        )
+
+
 def policy_of(folder: Path, name: str, tokenizer: Any) -> Policy:
     """Who samples: the model's name and hashes, and the policy version its checkpoint records (else 0)."""
     weights = sorted(folder.glob("*.safetensors"))

@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 
 from pipeline.config import NightlyConfig
 from pipeline.errors import ModelError, said
-from pipeline.models import model_folder
+from pipeline.models import check_fit, model_folder
 from pipeline.prompts import read_prompts
 from pipeline.rewards import VerifierPool
 from pipeline.tokenization import load_tokenizer
@@ -20,7 +20,7 @@ def check_night(config: NightlyConfig) -> None:
     check_name(config.verify.verifier)
     read_prompts(config.prompts, config.max_prompts)
     folder = model_folder(config.model)
-    load_tokenizer(folder)
+    check_fit(folder, load_tokenizer(folder))
     check_weights(folder)
     if config.verify.verifier not in BUILT_IN:
         # a process of its own imports it, as it will tonight

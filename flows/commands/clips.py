@@ -109,7 +109,7 @@ def train(
     **options: Any,
 ) -> None:
     """Train on-policy (GRPO) beside the EchoClips of SHARDS; its rollouts go into the lake."""
-    settings = load_config(config, {**night_settings(model, prompts, None, verifier, None), "train": options})
+    settings = load_config(config, {**night_settings(model, prompts, verifier=verifier), "train": options})
     from flows.progress import training_progress
     from pipeline.lake import Lake
     from pipeline.models import model_folder

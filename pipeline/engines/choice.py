@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.config import EngineConfig
 from pipeline.engines.base import Engine
-from pipeline.models import load_model
+from pipeline.models import check_fit, config_facts, load_model
 
 
 def engine_kind(config: EngineConfig) -> str:
@@ -23,9 +23,10 @@ def open_engine(folder: Path, tokenizer: Any, config: EngineConfig) -> Engine:
     """A started engine, to be closed by its user.
 
     Raises:
-        EngineError: it does not start, or no server answers.
-        ModelError: the model cannot be loaded.
+        EngineError: it does not start.
+        ModelError: the model cannot be loaded, or its tokenizer is another's.
     """
+    check_fit(folder, tokenizer)
     # Each is imported when it is asked for: vLLM alone takes seconds.
     match engine_kind(config):
         case "vllm":
@@ -35,7 +36,7 @@ def open_engine(folder: Path, tokenizer: Any, config: EngineConfig) -> Engine:
         case "server":
             from pipeline.engines.server import ServerEngine
 
-            return ServerEngine(tokenizer, config.server)
+            return ServerEngine(tokenizer, config.server, config_facts(folder).get("max_position_embeddings"))
         case _:
             from pipeline.engines.transformers import TransformersEngine
 

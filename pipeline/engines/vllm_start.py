@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -85,6 +86,8 @@ def start_vllm(folder: Path, config: EngineConfig, index: int = 0, num_engines: 
         except Exception as error:
             failure = error
         else:
+            # of this process; the engine's own have their file
+            logging.getLogger("vllm").setLevel(logging.ERROR)
             engine.echomine_log = log_path  # found again by `why` and `stop_vllm`
             _announce_end(engine.engine_core)
             if config.vllm.in_process:
@@ -115,7 +118,7 @@ def stop_vllm(engine: Any) -> None:
     """Ends the engine's processes; also of an engine that is dead."""
     if engine is None:
         return
-    engine.engine_core.shutdown()
+    engine.engine_core.shutdown(timeout=0.0)  # there is nothing in it to wait for
     if engine in _in_process:
         _in_process.remove(engine)
     engine.echomine_log.unlink(missing_ok=True)

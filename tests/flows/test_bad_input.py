@@ -141,6 +141,13 @@ def test_a_model_without_a_tokenizer_is_refused(refused, tmp_path):
     says(refused("generate", "--model", folder), folder, "no tokenizer", "Copy the model's tokenizer")
 
 
+def test_a_tokenizer_of_another_model_is_refused(refused, tmp_path):
+    folder = model_copy(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 50}))
+    says(refused("generate", "--model", folder), folder, "ids up to 99", "0 to 49", "was trained with")
+
+
 def test_a_model_without_weights_is_refused(refused, tmp_path):
     folder = model_copy(tmp_path, "*.safetensors")
     says(refused("generate", "--model", folder), folder, "no safetensors weights", "complete model folder")

@@ -1,0 +1,148 @@
+"""What a `vllm serve` endpoint may answer, and how much of it is believed."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+import httpx
+from pydantic import BaseModel, Field, ValidationError
+
+from pipeline.errors import EngineError
+
+MAX_DETAIL_CHARS = 200  # of what an endpoint says, within a message of ours
+ASK_AGAIN = frozenset((408, 425, 429))  # client errors that time heals
+
+
+class EndpointFault(Exception):
+    """An endpoint did not answer, or answered what cannot be true; another one may do better."""
+
+
+class Card(BaseModel):
+    id: str
+    max_model_len: int | None = None
+
+
+class Models(BaseModel):
+    data: Annotated[list[Card], Field(min_length=1)]
+
+
+class Tokens(BaseModel):
+    tokens: list[int]
+
+
+class Logprobs(BaseModel):
+    # vLLM writes -9999 for minus infinity, which no sampled token has
+    token_logprobs: list[Annotated[float, Field(gt=-9999.0, le=1e-4, allow_inf_nan=False)]]
+
+
+class Choice(BaseModel):
+    """One completion of T tokens after a prompt of P."""
+
+    prompt_token_ids: list[int]
+    token_ids: list[Annotated[int, Field(ge=0)]]
+    logprobs: Logprobs
+    finish_reason: Literal["stop", "length"]
+
+
+class Completion(BaseModel):
+    choices: Annotated[list[Choice], Field(min_length=1, max_length=1)]
+
+
+AnswerT = TypeVar("AnswerT", bound=BaseModel)
+
+
+def parsed(shape: type[AnswerT], body: bytes) -> AnswerT:
+    """An answer's JSON, each value of the very type and range that `shape` states.
+
+    Raises:
+        EndpointFault: it is something else.
+    """
+    try:
+        return shape.model_validate_json(body, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise EndpointFault(
+            f"its answer is no {shape.__name__}: {where}: {first['msg']}, got {_shown(first['input'])}"
+        ) from None
+
+
+def believed(body: bytes, prompt_ids: list[int], max_tokens: int, vocabulary: int) -> Choice:
+    """The completion in an answer, if it can be one of this prompt.
+
+    Args:
+        prompt_ids: [P], as they were sent.
+        vocabulary: one more than the greatest token id of our tokenizer.
+
+    Raises:
+        EndpointFault: it is not.
+    """
+    choice = parsed(Completion, body).choices[0]
+    tokens, logprobs = len(choice.token_ids), len(choice.logprobs.token_logprobs)
+    if choice.prompt_token_ids != prompt_ids:
+        raise EndpointFault(f"it continued another prompt, of {len(choice.prompt_token_ids)} tokens")
+    if logprobs != tokens:
+        raise EndpointFault(f"it gave {logprobs} log-probs for {tokens} tokens")
+    if not 1 <= tokens <= max_tokens:
+        raise EndpointFault(f"it gave {tokens} tokens where 1 to {max_tokens} were asked for")
+    if max(choice.token_ids) >= vocabulary:
+        raise EndpointFault(
+            f"it gave token id {max(choice.token_ids)}, and the tokenizer knows 0 to {vocabulary - 1}"
+        )
+    if choice.finish_reason == "length" and tokens < max_tokens:
+        raise EndpointFault(
+            f"it cut a completion at {tokens} of {max_tokens} tokens; a server with a max_new_tokens of its "
+            f"own does (--generation-config, --override-generation-config)"
+        )
+    return choice
+
+
+def refuse_status(url: str, path: str, response: httpx.Response) -> None:
+    """Sorts the answers that are no 200 into what time or another server heals, and what the user must.
+
+    Raises:
+        EndpointFault: the server's trouble.
+        EngineError: ours: the key, the model's name, a setting.
+    """
+    code, detail = response.status_code, _detail(response)
+    if code == 200:
+        return
+    # vLLM answers 400 where its own log-probs are NaN
+    if not 400 <= code < 500 or code in ASK_AGAIN or "not JSON compliant" in detail:
+        raise EndpointFault(f"it answers {code}: {detail}{_hint(detail)}")
+    if code in (401, 403):
+        raise EngineError(
+            f"{url} refuses the API key ({code}). Put the key into an environment variable, and that "
+            f"variable's name into engine.server.api_key_env."
+        )
+    if code == 404:
+        raise EngineError(
+            f"{url} answers 404 to {path}: {detail}. Check engine.server.endpoints (the server's /v1) and "
+            f"engine.server.model."
+        )
+    raise EngineError(
+        f"{url} refuses a request ({code}): {detail}. Change the setting that it names, or start the server "
+        f"with one that takes it."
+    )
+
+
+def _detail(response: httpx.Response) -> str:
+    """What the body says: vLLM's own message where there is one."""
+    try:
+        said: Any = response.json()["error"]
+        text = said["message"] if isinstance(said, dict) else str(said)
+    except (ValueError, KeyError, TypeError):
+        text = response.text
+    return _shown(" ".join(str(text).split()).rstrip("."))
+
+
+def _hint(detail: str) -> str:
+    """A server whose engine died tells its own log why; the known cause on a CPU can be told here."""
+    if "EngineCore" not in detail and "does not use offset" not in detail:
+        return ""
+    return " (its engine died, see its log; on a CPU, seeds need --no-enable-chunked-prefill)"
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= MAX_DETAIL_CHARS else f"{text[:MAX_DETAIL_CHARS]} …"

@@ -1,0 +1,75 @@
+"""What a pool of servers knows of a group on its way, and of an endpoint that may sample it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+
+from pipeline.engines.base import GroupRequest
+from pipeline.engines.server_endpoint import Endpoint
+from pipeline.records import Int32
+
+FIRST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = 0.5, 30.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Job:
+    """A group on its way.
+
+    Attributes:
+        running: the attempts in flight; two where a second endpoint helps a slow one.
+        since: when the first of these began, in the event loop's seconds.
+        faults: attempts that failed, by endpoint.
+    """
+
+    request: GroupRequest
+    prompt_ids: Int32
+    running: dict[Post, asyncio.Task[None]] = field(default_factory=dict)
+    since: float = 0.0
+    faults: Counter[Post] = field(default_factory=Counter)
+    finished: bool = False
+
+
+@dataclass(eq=False)
+class Post:
+    """An endpoint and how it does.
+
+    Attributes:
+        up: it passed its check and has not failed since.
+        failures: since its last good group; those of one burst count once.
+        patience_seconds: a group that is on its way elsewhere for longer gets a copy here. It is the
+            longest that a group took here, where one did.
+    """
+
+    endpoint: Endpoint
+    patience_seconds: float
+    up: bool = False
+    failures: int = 0
+    good_groups: int = 0
+    fault: str = ""
+    running: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def goes_down(self, fault: str) -> None:
+        self.up, self.fault = False, fault
+        self.failures += 1
+        if self.failures == 1:
+            log.warning("%s is left out for now: %s.", self.endpoint.url, fault)
+
+    def sampled_one(self, seconds: float) -> None:
+        if self.failures:
+            log.warning("%s samples again.", self.endpoint.url)
+        self.failures = 0
+        self.patience_seconds = max(self.patience_seconds, seconds) if self.good_groups else seconds
+        self.good_groups += 1
+
+    def backoff_seconds(self) -> float:
+        """Up to 0.5 s after the first failure, then up to twice as long each time; at random, since several
+        nights may share a server."""
+        # the exponent is bounded, since a server may stay away for a thousand attempts
+        longest = FIRST_BACKOFF_SECONDS * 2.0 ** min(self.failures - 1, 20)
+        return min(longest, LONGEST_BACKOFF_SECONDS) * random.uniform(0.5, 1.0)
