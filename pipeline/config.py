@@ -50,7 +50,12 @@ class VllmConfig(Section):
     enforce_eager: bool | None = Field(
         None, description="no compilation and no CUDA graphs: starts sooner; none: only on a CPU"
     )
-    in_process: bool = Field(False, description="the engine core in this process, not in its own")
+    head_dtype: Literal["float32", "model"] = Field(
+        "float32", description="of the output layer; float32 as trainers compute it, or the model's"
+    )
+    in_process: bool = Field(
+        False, description="the engine core in this process, for debugging; slow on a CPU"
+    )
     sampler: Literal["tap", "vllm"] = Field(
         "tap", description="who draws the tokens: the entropy tap, by seed, or vLLM's sampler"
     )

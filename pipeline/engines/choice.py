@@ -19,6 +19,19 @@ def engine_kind(config: EngineConfig) -> str:
     return "vllm" if installed_version() is not None else "transformers"
 
 
+def check_engine(config: EngineConfig) -> None:
+    """Raises an EchoMineError for what is wrong with the engine's settings, before anything starts."""
+    match engine_kind(config):
+        case "vllm":
+            from pipeline.engines.vllm_start import check_version, installed_version
+
+            check_version(installed_version())
+        case "server":
+            from pipeline.engines.server import check_endpoints
+
+            check_endpoints(config.server)
+
+
 def open_engine(folder: Path, tokenizer: Any, config: EngineConfig) -> Engine:
     """A started engine, to be closed by its user.
 

@@ -142,6 +142,12 @@ def _client(headers: dict[str, str], num_connections: int) -> httpx.AsyncClient:
     return httpx.AsyncClient(limits=limits, timeout=httpx.Timeout(None, connect=10.0), headers=headers)
 
 
+def check_endpoints(config: ServerConfig) -> None:
+    """Raises ConfigError for no endpoints, one that is no URL, or no API key where one is named."""
+    _urls(config)
+    _headers(config)
+
+
 def _urls(config: ServerConfig) -> list[str]:
     if not config.endpoints:
         raise ConfigError(

@@ -60,12 +60,13 @@ class Tapped:
     """A running request: its noise, and what was measured of it so far, by position in the completion."""
 
     request: TapRequest
-    noise: NDArray[np.float64] = field(init=False)  # [max_tokens]
+    kind: int  # the same for requests that are drawn by the same rule
+    noise: list[float] = field(init=False)  # [max_tokens]
     rows: NDArray[Any] = field(init=False)  # [max_tokens] of _ROW; NaN where nothing was measured
     num_tokens: int = 0  # positions up to the last that was measured
 
     def __post_init__(self) -> None:
-        self.noise = noise(self.request.seed, self.request.max_tokens)
+        self.noise = noise(self.request.seed, self.request.max_tokens).tolist()
         self.rows = np.full(self.request.max_tokens, np.array((-1, np.nan, np.nan), dtype=_ROW))
 
 
@@ -94,12 +95,17 @@ class EntropyTap:
 
     def __init__(self) -> None:
         self._running: dict[str, Tapped] = {}
+        self._kinds: dict[tuple[DrawRule, bool], int] = {}
         self._pending: list[tuple[list[tuple[Tapped, int]], Tensor]] = []
         self._num_pending = 0
 
     def open(self, request: TapRequest) -> Tapped:
         """The state of a request that enters the batch; of one that was preempted, the state it had."""
-        return self._running.setdefault(request.key, Tapped(request))
+        tapped = self._running.get(request.key)
+        if tapped is None:
+            kind = self._kinds.setdefault((request.rule, request.draws), len(self._kinds))
+            tapped = self._running[request.key] = Tapped(request, kind)
+        return tapped
 
     def apply(self, logits: Tensor, rows: Sequence[tuple[int, Tapped, int]]) -> None:
         """Measures rows of [B, V] float32 logits and, where asked, makes the drawn token certain, in place.
@@ -109,13 +115,14 @@ class EntropyTap:
                 over: a prompt that is still being read has a negative one, and a request that has all its
                 tokens may run one step too long.
         """
-        by_rule: dict[tuple[DrawRule, bool], list[tuple[int, Tapped, int]]] = {}
-        for row, tapped, position in rows:
-            if 0 <= position < tapped.request.max_tokens:
-                key = (tapped.request.rule, tapped.request.draws)
-                by_rule.setdefault(key, []).append((row, tapped, position))
-        for (rule, draws), group in by_rule.items():
-            self._apply(logits, group, rule, draws)
+        by_kind: dict[int, list[tuple[int, Tapped, int]]] = {}
+        for place in rows:
+            _, tapped, position = place
+            if 0 <= position < len(tapped.noise):
+                by_kind.setdefault(tapped.kind, []).append(place)
+        for group in by_kind.values():
+            request = group[0][1].request
+            self._apply(logits, group, request.rule, request.draws)
 
     def _apply(
         self, logits: Tensor, rows: Sequence[tuple[int, Tapped, int]], rule: DrawRule, draws: bool

@@ -142,6 +142,7 @@ def _arguments(folder: Path, config: EngineConfig) -> dict[str, Any]:
         "model": str(folder),
         "tokenizer": str(folder),
         "load_format": "safetensors",
+        "hf_overrides": {"head_dtype": vllm.head_dtype},
         "trust_remote_code": False,
         "dtype": dtype,
         "max_num_seqs": vllm.max_num_seqs,

@@ -41,12 +41,16 @@ def differences(
     """Absolute differences of every token's log-prob (at temperature 1) and entropy from the model's own."""
     of_logprobs, of_entropies = [], []
     for group in groups:
-        for sample in group.samples:
-            ids = np.concatenate([group.prompt_ids, sample.completion_ids]).astype(np.int64)
-            logits = model(input_ids=torch.from_numpy(ids)[None]).logits[0, len(group.prompt_ids) - 1 : -1]
-            raw = torch.log_softmax(logits.double(), dim=-1)
-            measured = torch.log_softmax(logits.double() / temperature, dim=-1)
-            chosen = raw[torch.arange(len(raw)), torch.from_numpy(sample.completion_ids.astype(np.int64))]
+        start, lengths = len(group.prompt_ids) - 1, [len(sample.completion_ids) for sample in group.samples]
+        ids = torch.zeros(len(lengths), start + 1 + max(lengths), dtype=torch.long)
+        for row, sample in zip(ids, group.samples, strict=True):  # padded on the right, where nothing looks
+            whole = np.concatenate([group.prompt_ids, sample.completion_ids])
+            row[: len(whole)] = torch.from_numpy(whole.astype(np.int64))
+        logits = model(input_ids=ids, logits_to_keep=ids.shape[1] - start).logits.double()
+        for row, sample, length in zip(logits, group.samples, lengths, strict=True):
+            raw = torch.log_softmax(row[:length], dim=-1)
+            measured = raw if temperature == 1.0 else torch.log_softmax(row[:length] / temperature, dim=-1)
+            chosen = raw[torch.arange(length), torch.from_numpy(sample.completion_ids.astype(np.int64))]
             entropies = -(measured.exp() * measured).sum(dim=-1)
             assert sample.logprobs is not None
             assert sample.entropies is not None
