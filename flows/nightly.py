@@ -13,6 +13,7 @@ from prefect import flow, runtime
 from flows import tasks
 from flows.progress import bar, console
 from pipeline.config import NightlyConfig
+from pipeline.engines.choice import engine_kind
 from pipeline.errors import BusyError
 from pipeline.generate import stop_generating
 from pipeline.ingest import Ingested
@@ -92,6 +93,8 @@ def _generate(run: NightRun) -> Ingested:
                 update(done.written + done.known + done.refused)
     finally:
         stop_generating(run)
+    if engine_kind(run.config.engine) == "server":  # which tells no entropies
+        tasks.score(run)
     return done
 
 

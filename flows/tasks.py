@@ -14,13 +14,15 @@ from prefect.client.schemas.objects import State, TaskRun
 
 from flows import announce
 from flows.progress import training_progress
+from pipeline import generate as generation
 from pipeline import mine as mining
-from pipeline import runs, shards
+from pipeline import runs, scoring, shards
 from pipeline.config import NightlyConfig
 from pipeline.ingest import Ingested
 from pipeline.mine import Mining
 from pipeline.night_report import write_night_report
 from pipeline.runs import NightRun
+from pipeline.scoring import Scored
 from pipeline.shards import Export
 from trainer.night import train_on_shards
 
@@ -52,13 +54,13 @@ def open_run(config: NightlyConfig, lake: Path) -> NightRun:
 
 
 @stage("find missing groups")
-def missing_batches(run: NightRun) -> list[list[str]]:
-    return runs.missing_batches(run)
+def missing_groups(run: NightRun) -> list[str]:
+    return generation.missing_groups(run)
 
 
 @stage("generate")
-def generate(run: NightRun, prompt_ids: list[str]) -> Path:
-    return runs.generate(run, prompt_ids)
+def generate(run: NightRun) -> Path | None:
+    return generation.generate(run)
 
 
 @stage("verify")
@@ -69,6 +71,11 @@ def verify(run: NightRun, staged: Path) -> Path:
 @stage("commit")
 def commit(run: NightRun, judged: Path) -> Ingested:
     return runs.commit(run, judged)
+
+
+@stage("score")
+def score(run: NightRun) -> Scored:
+    return scoring.score_run(run)
 
 
 @stage("mine")

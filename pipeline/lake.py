@@ -59,7 +59,7 @@ class Lake:
 
     @classmethod
     def open(cls, folder: Path) -> Lake:
-        """An existing lake.
+        """An existing lake; one of an older schema gets the tables it lacks.
 
         Raises:
             LakeError: there is none, it is damaged, or it was made by a newer EchoMine.
@@ -77,6 +77,8 @@ class Lake:
                 f"The lake in {folder} has schema {version}, this EchoMine knows {schema.SCHEMA_VERSION}. "
                 "Update EchoMine; nothing was changed."
             )
+        if version < schema.SCHEMA_VERSION:
+            lake._migrate()
         return lake
 
     @classmethod
@@ -114,6 +116,17 @@ class Lake:
         finally:
             connection.close()
             _remove(list(building.parent.glob(f"{building.name}*")))
+
+    def _migrate(self) -> None:
+        def change(connection: duckdb.DuckDBPyConnection, _written: list[Path]) -> None:
+            connection.execute("begin")
+            for table in schema.TABLES:
+                connection.execute(schema.ddl(table))
+            connection.execute(
+                "update meta set value = ? where key = 'schema_version'", [str(schema.SCHEMA_VERSION)]
+            )
+
+        self._changed(change)
 
     @contextmanager
     def reader(self, snapshot: int | None = None) -> Iterator[Reader]:
@@ -170,16 +183,13 @@ class Lake:
             fresh = {name: _new_rows(connection, name, rows) for name, rows in tables.items()}
             connection.execute("begin")
             for name, rows in fresh.items():
-                if rows.num_rows > INLINED_ROWS or (name in ("rollouts", "echo_clips") and rows.num_rows):
-                    self._add_file(connection, name, rows, written)
-                elif rows.num_rows:
-                    _insert(connection, name, rows)
+                self._add(connection, name, rows, written)
             return {name: rows.num_rows for name, rows in fresh.items()}
 
         return self._changed(change)
 
-    def replace_rollouts(self, rows: pa.Table) -> None:
-        """Puts rows in the place of those of the same rollout_id, in one transaction.
+    def replace_rollouts(self, rows: pa.Table, scorings: pa.Table) -> None:
+        """Puts rows in the place of those of the same rollout_id, and notes who scored them, all or nothing.
 
         Earlier snapshots keep the old rows; a mining of the new one is another mining.
 
@@ -193,6 +203,7 @@ class Lake:
             connection.execute("delete from rollouts where rollout_id in (select rollout_id from incoming)")
             connection.unregister("incoming")
             self._add_file(connection, "rollouts", rows, written)
+            self._add(connection, "scorings", scorings, written)
 
         self._changed(change)
 
@@ -241,6 +252,14 @@ class Lake:
                 f"Cannot write to the lake in {self.folder}: {said(error)}. "
                 "Nothing of this commit was kept; mend that and run the command again."
             ) from error
+
+    def _add(
+        self, connection: duckdb.DuckDBPyConnection, name: str, rows: pa.Table, written: list[Path]
+    ) -> None:
+        if rows.num_rows > INLINED_ROWS or (name in ("rollouts", "echo_clips") and rows.num_rows):
+            self._add_file(connection, name, rows, written)
+        elif rows.num_rows:
+            _insert(connection, name, rows)
 
     def _add_file(
         self, connection: duckdb.DuckDBPyConnection, name: str, rows: pa.Table, written: list[Path]
@@ -324,6 +343,12 @@ class Reader:
         """The result of a query; of `params`, those that the text names with `$` are bound."""
         bound = {name: (params or {})[name] for name in params_of(sql)}
         return self.connection.execute(sql, bound).to_arrow_table()
+
+    def batches(self, sql: str, num_rows: int, params: Mapping[str, Any] | None = None) -> Iterator[pa.Table]:
+        """The result of a query, at most `num_rows` rows at a time; it is computed while it is read."""
+        bound = {name: (params or {})[name] for name in params_of(sql)}
+        for batch in self.connection.execute(sql, bound).to_arrow_reader(num_rows):
+            yield pa.Table.from_batches([batch])
 
     def rows(self, sql: str, params: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = self.table(sql, params).to_pylist()

@@ -1,7 +1,7 @@
 """Log-probabilities and entropies of tokens under a causal language model, without a [N, V] tensor.
 
 The trainer's losses and the scorer both read a model through here: hidden states go through the output
-embedding a few rows at a time, and backward computes those logits again instead of keeping them.
+embedding a block of rows and vocabulary at a time (`pipeline/chunked_head.py`).
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.chunked_head import ChunkedHead, linear
 from pipeline.errors import FormatError, ModelError
 from pipeline.records import Int32
 
@@ -22,7 +24,9 @@ if TYPE_CHECKING:
 
 Row: TypeAlias = tuple[Int32, Int32]  # prompt ids [P], completion ids [T]
 
-CHUNK_ROWS = 512  # 512 rows of a 150,000-token vocabulary are 300 MB of float32 logits
+# Logits that exist at once: 4 MB of float32 stay in a CPU's cache, 64 MB keep a GPU busy.
+CHUNK_LOGITS = {"cpu": 2**20, "cuda": 2**24}
+NO_LIMIT = 2**31  # the context of a model that names none
 HEAD_TOLERANCE = 1e-2  # nats per logit; bfloat16 heads round their logits to about this
 
 
@@ -50,7 +54,7 @@ def token_logprobs_and_entropies(
     temperature: float = 1.0,
     entropy_temperature: float = 1.0,
     differentiable_entropies: bool = False,
-    chunk_rows: int = CHUNK_ROWS,
+    chunk_logits: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target, and entropy of the distribution it stands in. N rows, V tokens.
 
@@ -66,81 +70,15 @@ def token_logprobs_and_entropies(
         temperature: of the distribution that the log-probs belong to.
         entropy_temperature: of the distribution that the entropies belong to.
         differentiable_entropies: let gradients through the entropies as well.
+        chunk_logits: how many logits exist at once; by default what suits the device.
 
     Returns:
         logprobs [N], entropies [N], nats, both float32 (or float64).
     """
-    exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    # The casts stand outside, so that gradients over all chunks add up before they are rounded.
-    apply: Any = _ChunkedHead.apply
-    logprobs, entropies = apply(
-        hidden.to(exact),
-        weight.to(exact),
-        None if bias is None else bias.to(exact),
-        targets,
-        temperature,
-        entropy_temperature,
-        chunk_rows,
-    )
+    chunk = chunk_logits or CHUNK_LOGITS.get(hidden.device.type, CHUNK_LOGITS["cpu"])
+    apply: Any = ChunkedHead.apply
+    logprobs, entropies = apply(hidden, weight, bias, targets, temperature, entropy_temperature, chunk)
     return logprobs, entropies if differentiable_entropies else entropies.detach()
-
-
-class _ChunkedHead(torch.autograd.Function):
-    """∂log p_y/∂z = 1_y − p and ∂entropy/∂z = −p·(log p + entropy), with z divided by each temperature."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        temperature: float,
-        entropy_temperature: float,
-        chunk_rows: int,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.temperatures, ctx.chunk_rows = (temperature, entropy_temperature), chunk_rows
-        logprobs, entropies = hidden.new_empty(len(hidden)), hidden.new_empty(len(hidden))
-        for start in range(0, len(hidden), chunk_rows):
-            rows = slice(start, start + chunk_rows)
-            logits = _logits(hidden[rows], weight, bias)
-            log_p = torch.log_softmax(logits / temperature, dim=-1)
-            logprobs[rows] = log_p.gather(1, targets[rows, None])[:, 0]
-            if entropy_temperature != temperature:
-                log_p = torch.log_softmax(logits / entropy_temperature, dim=-1)
-            entropies[rows] = -(log_p.exp() * log_p).sum(-1)
-        return logprobs, entropies
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad_logprobs, grad_entropies = grads
-        hidden, weight, bias, targets = ctx.saved_tensors
-        grad_hidden, grad_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
-        grad_bias = None if bias is None else torch.zeros_like(bias)
-        for start in range(0, len(hidden), ctx.chunk_rows):
-            rows = slice(start, start + ctx.chunk_rows)
-            logits = _logits(hidden[rows], weight, bias)
-            grad = torch.zeros_like(logits)
-            if grad_logprobs is not None:
-                pull = grad_logprobs[rows, None] / ctx.temperatures[0]
-                grad -= pull * torch.softmax(logits / ctx.temperatures[0], dim=-1)
-                grad.scatter_add_(1, targets[rows, None], pull)
-            if grad_entropies is not None:
-                log_p = torch.log_softmax(logits / ctx.temperatures[1], dim=-1)
-                p = log_p.exp()
-                entropies = -(p * log_p).sum(-1, keepdim=True)
-                grad -= grad_entropies[rows, None] / ctx.temperatures[1] * p * (log_p + entropies)
-            grad_hidden[rows] = grad @ weight
-            grad_weight.addmm_(grad.T, hidden[rows])
-            if grad_bias is not None:
-                grad_bias += grad.sum(0)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None
-
-
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.nn.functional.linear(hidden, weight, bias)
 
 
 def completion_logprobs(
@@ -148,49 +86,95 @@ def completion_logprobs(
     rows: Sequence[Row],
     *,
     temperature: float = 1.0,
-    chunk_rows: int = CHUNK_ROWS,
+    precise: bool = False,
+    chunk_logits: int | None = None,
 ) -> TokenStats:
     """Teacher-forced log-probs and entropies of each row's completion tokens, in one forward pass.
 
     The rows are right padded together, so the caller bounds the padded tokens; only the positions that
     predict a completion token go through the output embedding.
 
+    Args:
+        precise: see `last_states`.
+
     Raises:
         FormatError: a row without prompt tokens, longer than the model's context, or with foreign ids.
     """
     _check_rows(model, rows)
-    device = model.device
     lengths = np.array([len(completion) for _, completion in rows], dtype=np.int64)
-    # The last token of a row predicts nothing we ask for, so it is not fed.
-    fed = [np.concatenate(row)[:-1] if len(row[1]) else row[0] for row in rows]
-    width = max((len(ids) for ids in fed), default=0)
-    input_ids = np.zeros((len(rows), width), dtype=np.int64)
-    attention_mask = np.zeros((len(rows), width), dtype=np.int64)
-    for i, ids in enumerate(fed):
-        input_ids[i, : len(ids)], attention_mask[i, : len(ids)] = ids, 1
-    predicting = [
-        i * width + np.arange(len(row[0]) - 1, len(row[0]) - 1 + len(row[1])) for i, row in enumerate(rows)
-    ]
-    head, decoder = _head_and_decoder(model)
     if not lengths.sum():
-        nothing = torch.zeros(0, device=device)
-        return TokenStats(nothing, nothing, torch.as_tensor(lengths, device=device))
-    states = decoder(
-        input_ids=torch.as_tensor(input_ids, device=device),
-        attention_mask=torch.as_tensor(attention_mask, device=device),
-        use_cache=False,
-    ).last_hidden_state  # [R, width, H]
-    where = torch.as_tensor(np.concatenate(predicting), device=device)
-    targets = torch.as_tensor(np.concatenate([row[1] for row in rows]).astype(np.int64), device=device)
+        nothing = torch.zeros(0, device=model.device)
+        return TokenStats(nothing, nothing, torch.as_tensor(lengths, device=model.device))
+    input_ids, predicting = _padded(rows, lengths)
+    # Padding stands on the right, where no token looks: plain causal attention needs no mask for it.
+    states = last_states(model, input_ids, precise=precise, use_cache=False).flatten(0, 1)
+    predicting_states = states.index_select(0, torch.as_tensor(predicting, device=model.device))
+    targets = np.concatenate([completion for _, completion in rows])
+    return head_stats(
+        model, predicting_states, targets, lengths, temperature=temperature, chunk_logits=chunk_logits
+    )
+
+
+def last_states(
+    model: PreTrainedModel, input_ids: NDArray[np.int64], *, precise: bool, **given: Any
+) -> Tensor:
+    """[R, W, H] last hidden states of [R, W] ids; `given` goes to the model's decoder.
+
+    Args:
+        precise: where the weights are bfloat16, keep the residual stream and the norms in float32, which
+            halves the error.
+    """
+    _, decoder = _head_and_decoder(model)
+    ids = torch.as_tensor(input_ids, device=model.device)
+    if precise and model.dtype == torch.bfloat16:
+        embedded = decoder.get_input_embeddings()(ids).float()
+        with torch.autocast(ids.device.type, dtype=torch.bfloat16):
+            output = decoder(inputs_embeds=embedded, **given)
+    else:
+        output = decoder(input_ids=ids, **given)
+    states: Tensor = output.last_hidden_state
+    return states
+
+
+def head_stats(
+    model: PreTrainedModel,
+    states: Tensor,
+    targets: NDArray[np.integer],
+    lengths: NDArray[np.int64],
+    *,
+    temperature: float = 1.0,
+    chunk_logits: int | None = None,
+) -> TokenStats:
+    """What the output embedding makes of [N, H] states, each of which predicts one of N targets."""
+    head, _ = _head_and_decoder(model)
     logprobs, entropies = token_logprobs_and_entropies(
-        states.flatten(0, 1).index_select(0, where),
+        states,
         head.weight,
-        targets,
+        torch.as_tensor(targets.astype(np.int64), device=states.device),
         bias=getattr(head, "bias", None),
         temperature=temperature,
-        chunk_rows=chunk_rows,
+        chunk_logits=chunk_logits,
     )
-    return TokenStats(logprobs, entropies, torch.as_tensor(lengths, device=device))
+    return TokenStats(logprobs, entropies, torch.as_tensor(lengths, device=states.device))
+
+
+def _padded(rows: Sequence[Row], lengths: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The ids to feed, and which of their flat positions predict completion tokens. R rows, W wide.
+
+    The last token of a row predicts nothing we ask for, so it is not fed.
+
+    Returns:
+        [R, W] ids, [N] positions.
+    """
+    prompts = np.array([len(prompt) for prompt, _ in rows], dtype=np.int64)
+    fed = prompts + np.maximum(lengths - 1, 0)
+    input_ids = np.zeros((len(rows), int(fed.max())), dtype=np.int64)
+    for row, num_fed, (prompt, completion) in zip(input_ids, fed, rows, strict=True):
+        row[: len(prompt)] = prompt
+        row[len(prompt) : num_fed] = completion[:-1]
+    first = np.arange(len(rows)) * input_ids.shape[1] + prompts - 1  # [R] predicts each first token
+    ends = np.cumsum(lengths)
+    return input_ids, np.arange(ends[-1]) + np.repeat(first - ends + lengths, lengths)
 
 
 @torch.no_grad()
@@ -206,7 +190,7 @@ def check_head(model: PreTrainedModel) -> None:
         raise ModelError(f"{model.name_or_path} has no output embedding. Give a causal language model.")
     states = decoder(input_ids=ids, use_cache=False).last_hidden_state[0].float()
     bias = getattr(head, "bias", None)
-    ours = _logits(states, head.weight.float(), None if bias is None else bias.float())
+    ours = linear(states, head.weight, bias)
     theirs = model(input_ids=ids, use_cache=False).logits[0].float()
     scale = max(1.0, float(theirs.abs().max()))
     if ours.shape != theirs.shape or float((ours - theirs).abs().max()) > HEAD_TOLERANCE * scale:
@@ -216,20 +200,25 @@ def check_head(model: PreTrainedModel) -> None:
         )
 
 
+def limits(model: PreTrainedModel) -> tuple[int, int]:
+    """How many tokens a model reads at most, and how many token ids it knows."""
+    context = int(getattr(model.config, "max_position_embeddings", 0) or NO_LIMIT)
+    return context, int(_head_and_decoder(model)[0].weight.shape[0])
+
+
 def _head_and_decoder(model: Any) -> tuple[Any, Any]:
     """A model's output embedding (None without one), and the part that gives the last hidden states."""
     return model.get_output_embeddings(), model.get_decoder()
 
 
 def _check_rows(model: PreTrainedModel, rows: Sequence[Row]) -> None:
-    vocabulary = int(_head_and_decoder(model)[0].weight.shape[0])
-    context = int(getattr(model.config, "max_position_embeddings", 0) or 0)
+    context, vocabulary = limits(model)
     for prompt_ids, completion_ids in rows:
         if not len(prompt_ids):
             raise FormatError(
                 "A row has no prompt tokens, so nothing predicts its first token. Drop the row."
             )
-        if context and len(prompt_ids) + len(completion_ids) > context:
+        if len(prompt_ids) + len(completion_ids) > context:
             raise FormatError(
                 f"A row has {len(prompt_ids)} prompt and {len(completion_ids)} completion tokens, more than "
                 f"the {context} that {model.name_or_path} reads. Export with --max-tokens {context}."

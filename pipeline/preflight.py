@@ -7,6 +7,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from pipeline.config import NightlyConfig
+from pipeline.engines.choice import check_engine
 from pipeline.errors import ModelError, said
 from pipeline.models import check_fit, model_folder
 from pipeline.prompts import read_prompts
@@ -16,9 +17,10 @@ from pipeline.verifiers import BUILT_IN, check_name
 
 
 def check_night(config: NightlyConfig) -> None:
-    """Raises an EchoMineError if the prompts, the model, its tokenizer or the verifier cannot be used."""
+    """Raises an EchoMineError if the prompts, engine, model, its tokenizer or the verifier cannot be used."""
     check_name(config.verify.verifier)
     read_prompts(config.prompts, config.max_prompts)
+    check_engine(config.engine)
     folder = model_folder(config.model)
     check_fit(folder, load_tokenizer(folder))
     check_weights(folder)

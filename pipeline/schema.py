@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: scorings
 
 _IDS = pa.list_(pa.int32())
 _NATS = pa.list_(pa.float32())
@@ -141,6 +141,16 @@ CLIP_USES = pa.schema(
     ]
 )
 
+SCORINGS = pa.schema(
+    [
+        ("rollout_id", pa.string()),
+        ("model", pa.string()),
+        ("weights_hash", pa.string()),  # whose entropies the rollout has, if none of its scorings is newer
+        ("policy_version", pa.int64()),  # optimizer steps behind those weights
+        ("scored_at", _TIME),
+    ]
+)
+
 META = pa.schema([("key", pa.string()), ("value", pa.string())])
 
 TABLES: dict[str, pa.Schema] = {
@@ -152,6 +162,7 @@ TABLES: dict[str, pa.Schema] = {
     "shards": SHARDS,
     "files": FILES,
     "clip_uses": CLIP_USES,
+    "scorings": SCORINGS,
     "meta": META,
 }
 
@@ -165,6 +176,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "shards": ("path", "sha256"),
     "files": ("path", "sha256"),
     "clip_uses": ("training_id", "clip_id", "optim_step"),
+    "scorings": ("rollout_id", "weights_hash", "scored_at"),
     "meta": ("key",),
 }
 
@@ -184,6 +196,6 @@ _SQL_TYPES = {
 
 
 def ddl(table: str) -> str:
-    """The `create table` statement of one table; columns in schema order."""
+    """The statement that creates one table where it is missing; columns in schema order."""
     columns = ", ".join(f'"{field.name}" {_SQL_TYPES[field.type]}' for field in TABLES[table])
-    return f'create table "{table}" ({columns})'
+    return f'create table if not exists "{table}" ({columns})'

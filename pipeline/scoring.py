@@ -1,22 +1,41 @@
-"""The scorer: entropies for rollouts whose engine could not know them, by teacher forcing."""
+"""The scorer: entropies for rollouts whose engine could not know them, by teacher forcing.
+
+Waiting rollouts come from the lake as a stream, and go back a commit at a time. So memory holds one chunk
+of them however many wait, and a scoring that was stopped goes on where it was.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import torch
-from transformers import PreTrainedModel
 
-from pipeline.lake import Lake
-from pipeline.logprobs import check_head, completion_logprobs
-from pipeline.rollouts import rollout_table
+from pipeline import schema
+from pipeline.errors import LakeError, ModelError
+from pipeline.lake import Lake, Reader
+from pipeline.logprobs import NO_LIMIT, TokenStats, check_head, limits
+from pipeline.models import load_model
+from pipeline.onednn import OneDnnLinear
+from pipeline.records import Policy
+from pipeline.scored_chunk import Chunk
+from pipeline.sqlfiles import sql_file
+from pipeline.teacher_forcing import forward_passes
 
-COMMIT_ROLLOUTS = 512  # scored rollouts in one transaction; what is committed stays scored
-FORWARD_TOKENS = 16_384  # padded tokens in one forward pass
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from pipeline.runs import NightRun
+
+CHUNK_ROLLOUTS = 4096  # read together; like lengths are sought among them
+COMMIT_SECONDS = 60.0  # work that is not committed is lost when the process is killed
+# Padded tokens of a forward pass: a core's cache holds no more, and fewer would leave a GPU idle.
+CORE_TOKENS, GPU_TOKENS = 1024, 32_768
 
 
 @dataclass(frozen=True)
@@ -26,92 +45,204 @@ class Scored:
     Attributes:
         other_tokenizer: of another tokenizer than the model's.
         unreadable: longer than the model's context, or without a prompt.
+        batch_tokens: what the padded tokens of a forward pass were lowered to, if memory ran out.
     """
 
-    scored: int
-    other_tokenizer: int
-    unreadable: int
+    scored: int = 0
+    other_tokenizer: int = 0
+    unreadable: int = 0
+    batch_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which rollouts to score: those without entropies.
+
+    Attributes:
+        run_id: of this run only.
+        rescore: also those that have entropies, unless an earlier scoring by the same weights gave them.
+    """
+
+    run_id: str | None = None
+    rescore: bool = False
+
+
+UNSCORED = Selection()
+
+
+def num_waiting(lake: Lake, policy: Policy, selection: Selection = UNSCORED) -> int:
+    """How many rollouts are to be scored, those that the model cannot read included.
+
+    Raises:
+        LakeError: the lake has no such run.
+    """
+    with lake.reader() as reader:
+        runs = "select count(*) as n from rollouts where run_id = $run_id"
+        if selection.run_id is not None and not reader.rows(runs, {"run_id": selection.run_id})[0]["n"]:
+            raise LakeError(
+                f"The lake in {lake.folder} has no run {selection.run_id}. "
+                'See `echomine sql "select distinct run_id from rollouts"` for those it has.'
+            )
+        waiting = sql_file("staging/waiting_rollouts")
+        return int(reader.rows(f"select count(*) as n from ({waiting})", _params(policy, selection))[0]["n"])
+
+
+def score_run(run: NightRun) -> Scored:
+    """Scores the rollouts of a night that its engine gave no entropies, by the model that sampled them."""
+    lake, selection = run.lake(), Selection(run.run_id)
+    if not num_waiting(lake, run.policy, selection):
+        return Scored()
+    model = load_model(run.model_folder, run.config.engine.device, run.config.engine.dtype)
+    return score(lake, model, run.policy, selection, run.config.score.batch_tokens)
 
 
 def score(
     lake: Lake,
     model: PreTrainedModel,
-    tokenizer_hash: str,
+    policy: Policy,
+    selection: Selection = UNSCORED,
+    batch_tokens: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Scored:
-    """Gives entropies (at temperature 1), and log-probs where absent, to the rollouts that await them.
+    """Gives rollouts the entropies that a model has at temperature 1, and log-probs where they are absent.
 
-    Each batch replaces its rows in one transaction, so a scoring that is stopped goes on where it was.
+    A commit replaces the rows that were scored since the last, at least every minute; each rollout is noted
+    in `scorings` with the weights that scored it, so no work that was committed is done again.
 
     Args:
+        policy: who the model is.
+        batch_tokens: padded tokens of a forward pass, by default what suits the device; halved whenever
+            memory runs out.
         progress: called with the number of rollouts scored so far.
 
     Raises:
-        ModelError: the model's logits are more than its output embedding gives.
-        LakeError: the lake cannot be written; then what was committed before stays.
+        ModelError: the model does more to its logits than its output embedding, knows fewer tokens than its
+            tokenizer, gives no numbers, or has no room for a single rollout.
+        LakeError: the lake cannot be written. What was committed before stays, here as with a ModelError.
     """
     check_head(model)
-    context = int(getattr(model.config, "max_position_embeddings", 0) or 0) or 2**31
+    if batch_tokens is None:
+        on_gpu = model.device.type == "cuda"
+        batch_tokens = GPU_TOKENS if on_gpu else CORE_TOKENS * torch.get_num_threads()
     with lake.reader() as reader:
-        waiting = reader.rows(
-            """
-            select rollout_id, coalesce(tokenizer_hash, '') <> $tokenizer_hash as other_tokenizer,
-                len(prompt_ids) = 0 or len(prompt_ids) + len(completion_ids) > $context as unreadable
-            from rollouts
-            where completion_entropies is null
-            -- like lengths together: less padding
-            order by len(prompt_ids) + len(completion_ids), rollout_id
-            """,
-            {"tokenizer_hash": tokenizer_hash, "context": context},
+        counts = _waiting(reader, model, policy, selection)
+        scorer = _Scorer(lake, model, policy, counts, batch_tokens, progress)
+        for rollouts in reader.batches(
+            "select rollouts.* from rollouts join waiting_rollouts using (rollout_id) where obstacle is null",
+            CHUNK_ROLLOUTS,
+        ):
+            scorer.score(Chunk(rollouts))
+    return scorer.done
+
+
+def _params(policy: Policy, selection: Selection, context: int = NO_LIMIT) -> dict[str, object]:
+    return {
+        "run_id": selection.run_id,
+        "rescore": selection.rescore,
+        "weights_hash": policy.weights_hash,
+        "tokenizer_hash": policy.tokenizer_hash,
+        "context": context,
+    }
+
+
+def _waiting(reader: Reader, model: PreTrainedModel, policy: Policy, selection: Selection) -> Scored:
+    """Makes the relation `waiting_rollouts`, and counts those in it that the model cannot read."""
+    context, vocabulary = limits(model)
+    params = _params(policy, selection, context)
+    reader.materialize("waiting_rollouts", sql_file("staging/waiting_rollouts"), params)
+    counts = reader.rows(
+        """
+        select
+            count(*) filter (obstacle = 'other_tokenizer') as other_tokenizer,
+            count(*) filter (obstacle = 'unreadable') as unreadable,
+            max(max_token_id) filter (obstacle is null) as max_token_id
+        from waiting_rollouts
+        """
+    )[0]
+    if (counts["max_token_id"] or 0) >= vocabulary:
+        raise ModelError(
+            f"{policy.model} knows the token ids 0 to {vocabulary - 1}, and rollouts of its tokenizer hold "
+            f"{counts['max_token_id']}: model and tokenizer do not fit. Give a folder with both of one model."
         )
-    other = sum(row["other_tokenizer"] for row in waiting)
-    ours = [row for row in waiting if not row["other_tokenizer"]]
-    ids = [row["rollout_id"] for row in ours if not row["unreadable"]]
-    for start in range(0, len(ids), COMMIT_ROLLOUTS):
-        batch = ids[start : start + COMMIT_ROLLOUTS]
-        lake.replace_rollouts(rollout_table(_with_entropies(model, _rows(lake, batch))))
-        if progress is not None:
-            progress(start + len(batch))
-    return Scored(len(ids), other, len(ours) - len(ids))
+    return Scored(0, counts["other_tokenizer"], counts["unreadable"])
 
 
-def _rows(lake: Lake, rollout_ids: Sequence[str]) -> list[dict[str, Any]]:
-    """The rollouts as the table has them, short ones first."""
-    with lake.reader() as reader:
-        reader.materialize_rows("wanted", pa.table({"rollout_id": pa.array(rollout_ids, pa.string())}))
-        return reader.rows(
-            "select rollouts.* from rollouts where rollout_id in (select wanted.rollout_id from wanted) "
-            "order by len(prompt_ids) + len(completion_ids), rollout_id"
-        )
+class _Scorer:
+    """Scores chunk after chunk; `done` counts what is in the lake."""
+
+    def __init__(
+        self,
+        lake: Lake,
+        model: PreTrainedModel,
+        policy: Policy,
+        counts: Scored,
+        batch_tokens: int,
+        progress: Callable[[int], None] | None,
+    ) -> None:
+        self.lake, self.model, self.policy = lake, model, policy
+        self.done, self.batch_tokens, self.progress = counts, batch_tokens, progress
+
+    def score(self, chunk: Chunk) -> None:
+        left, scored, committed = list(range(len(chunk))), list[int](), time.monotonic()
+        while left:
+            try:
+                with torch.inference_mode(), OneDnnLinear():
+                    for part, stats in forward_passes(self.model, chunk.rows(left), self.batch_tokens):
+                        scored += self._kept(chunk, [left[i] for i in part], stats)
+                        if time.monotonic() - committed > COMMIT_SECONDS:
+                            self._commit(chunk, scored)
+                            scored, committed = [], time.monotonic()
+            except (MemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                self._commit(chunk, scored)
+                left, scored = chunk.unscored(), []
+                self._lower_batch_tokens(chunk.longest(left))
+            left = chunk.unscored()
+            if left and self.model.device.type == "cuda":
+                torch.cuda.empty_cache()
+        self._commit(chunk, scored)
+
+    def _kept(self, chunk: Chunk, part: list[int], stats: TokenStats) -> list[int]:
+        entropies, logprobs = stats.entropies.cpu().numpy(), stats.logprobs.cpu().numpy()
+        if not (np.isfinite(entropies).all() and np.isfinite(logprobs).all()):
+            raise ModelError(
+                f"{self.policy.model} gives NaN or infinite log-probs. Try engine.dtype = float32, or "
+                "another copy of the model; what was scored before stays."
+            )
+        chunk.set_scores(part, entropies, logprobs)
+        return part
+
+    def _lower_batch_tokens(self, longest: int) -> None:
+        if self.batch_tokens <= longest:
+            raise ModelError(
+                f"A rollout of {longest} tokens does not fit into the memory of {self.model.device} beside "
+                f"{self.policy.model}, even alone. Set engine.dtype to bfloat16 or engine.device to cpu, or "
+                "free memory; what was scored before stays."
+            ) from None
+        self.batch_tokens = max(longest, self.batch_tokens // 2)
+        self.done = replace(self.done, batch_tokens=self.batch_tokens)
+
+    def _commit(self, chunk: Chunk, scored: list[int]) -> None:
+        if not scored:
+            return
+        rows = chunk.scored_rows(scored, self.policy.weights_hash)
+        note = {
+            "model": self.policy.model,
+            "weights_hash": self.policy.weights_hash,
+            "policy_version": self.policy.policy_version,
+            "scored_at": datetime.now(UTC),
+        }
+        columns = {name: [value] * rows.num_rows for name, value in note.items()}
+        scorings = pa.table({"rollout_id": rows["rollout_id"], **columns}, schema.SCORINGS)
+        self.lake.replace_rollouts(rows, scorings)
+        self.done = replace(self.done, scored=self.done.scored + rows.num_rows)
+        if self.progress is not None:
+            self.progress(self.done.scored)
 
 
-@torch.inference_mode()
-def _with_entropies(model: PreTrainedModel, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    for batch in _forward_passes(rows):
-        pairs = [
-            (np.asarray(row["prompt_ids"], np.int32), np.asarray(row["completion_ids"], np.int32))
-            for row in batch
-        ]
-        stats = completion_logprobs(model, pairs)
-        ends = np.cumsum(stats.lengths.cpu().numpy())[:-1]
-        # a sum of float32 can end a hair below zero where the model is sure
-        entropies = np.split(stats.entropies.clamp(min=0).float().cpu().numpy(), ends)
-        logprobs = np.split(stats.logprobs.float().cpu().numpy(), ends)
-        for row, row_entropies, row_logprobs in zip(batch, entropies, logprobs, strict=True):
-            row |= {"completion_entropies": row_entropies, "entropy_kind": "rescored"}
-            if row["completion_logprobs"] is None:
-                row |= {"completion_logprobs": row_logprobs, "logprobs_kind": "raw"}
-    return rows
-
-
-def _forward_passes(rows: Sequence[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """Rows of growing length, as many together as FORWARD_TOKENS hold when padded; one at least."""
-    batch: list[dict[str, Any]] = []
-    for row in rows:
-        longest = len(row["prompt_ids"]) + len(row["completion_ids"])
-        if batch and (len(batch) + 1) * longest > FORWARD_TOKENS:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether CUDA, torch's CPU allocator or Python ran out of memory; the second has no class of its own."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return "can't allocate memory" in str(error) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)

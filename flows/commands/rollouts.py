@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from flows.commands.group import EXAMPLE, Commands, echomine
 from flows.commands.output import note, print_counts
-from flows.options import common_options, json_option
-from pipeline.config import load_config
+from flows.options import common_options, json_option, section_options
+from pipeline.config import ScoreConfig, load_config
 from pipeline.errors import FormatError
 
 if TYPE_CHECKING:
@@ -90,25 +90,46 @@ def _refused(lake: Lake, done: Ingested, files: tuple[Path, ...]) -> FormatError
 )
 @common_options
 @json_option
-@click.option("--model", help="arith, smollm2, or a Hugging Face model folder: the one that sampled them")
-def score(lake: Path, config: Path | None, as_json: bool, model: str | None) -> None:
-    """Compute the entropies (and log-probs) that rollouts lack, so that `mine` can rank their steps."""
-    settings = load_config(config, {"model": model})
+@click.option("--model", help="arith, smollm2, or a Hugging Face model folder; default: the config's")
+@click.option("--run", "run_id", help="only rollouts of this run")
+@click.option(
+    "--rescore", is_flag=True, help="also rollouts that have entropies, unless this model's scoring gave them"
+)
+@section_options(ScoreConfig)
+def score(
+    lake: Path,
+    config: Path | None,
+    as_json: bool,
+    model: str | None,
+    run_id: str | None,
+    rescore: bool,
+    **options: Any,
+) -> None:
+    """Compute the entropies (and log-probs) that rollouts lack, so that `mine` can rank their steps.
+
+    With --rescore a newer policy judges all rollouts: their entropies become its own, and `mine` takes them
+    together. Log-probs that are there stay, since they tell how the tokens were sampled.
+    """
+    settings = load_config(config, {"model": model, "score": options})
     from flows.progress import bar
     from pipeline import scoring
     from pipeline.lake import Lake
-    from pipeline.models import load_model, model_folder
-    from pipeline.tokenization import load_tokenizer, tokenizer_hash
+    from pipeline.models import load_model, model_folder, policy_of
+    from pipeline.tokenization import load_tokenizer
 
     folder, opened = model_folder(settings.model), Lake.open(lake)
-    tokens = tokenizer_hash(load_tokenizer(folder))
+    policy = policy_of(folder, settings.model, load_tokenizer(folder))
+    selection = scoring.Selection(run_id, rescore)
+    waiting = scoring.num_waiting(opened, policy, selection)
     loaded = load_model(folder, settings.engine.device, settings.engine.dtype)
-    with bar("scoring rollouts", None) as update:
-        done = scoring.score(opened, loaded, tokens, update)
-    print_counts(as_json, asdict(done))
+    with bar("scoring rollouts", waiting) as update:
+        done = scoring.score(opened, loaded, policy, selection, settings.score.batch_tokens, update)
+    print_counts(as_json, {name: value for name, value in asdict(done).items() if value is not None})
     if done.other_tokenizer or done.unreadable:
         note(
             f"{done.other_tokenizer + done.unreadable} rollouts still wait: {done.other_tokenizer} are of "
             "another tokenizer (give the model that sampled them), "
             f"{done.unreadable} have no prompt or do not fit the context of {settings.model}."
         )
+    if done.batch_tokens is not None:
+        note(f"Memory ran out, so passes were made smaller. Set score.batch_tokens to {done.batch_tokens}.")

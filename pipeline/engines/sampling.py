@@ -95,13 +95,13 @@ def measure(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _sum_of_products(weights: Tensor, logits: Tensor) -> Tensor:
     """[B] Σ w·z of [B, V], with 0 · −∞ = 0 where a token is forbidden.
 
-    Multiplied first and then summed in pairs, a few rows at a time: a matrix product is no faster, and adds up
-    50,000 terms one after the other, which costs three digits.
+    Multiplied first and then summed in pairs, a few rows at a time: a matrix product is no faster, and adds
+    up 50,000 terms one after the other, which costs three digits.
     """
     rows = max(1, PRODUCTS // weights.shape[1]) if weights.device.type == "cpu" else len(weights)
     parts = [
         (w * z.clamp(min=_LOWEST)).sum(dim=-1)
-        for w, z in zip(weights.split(rows), logits.split(rows), strict=True)
+        for w, z in zip(torch.split(weights, rows), torch.split(logits, rows), strict=True)
     ]
     return torch.cat(parts)
 

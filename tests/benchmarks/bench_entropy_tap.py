@@ -2,8 +2,8 @@
 
     python tests/benchmarks/bench_entropy_tap.py [MODEL] [--requests N] [--tokens N] [--repeats N]
 
-Every request runs to the same number of tokens, so that all sides do the same work. The sides take turns in two
-engines that run side by side, one without and one with the tap; the figures are medians.
+Every request runs to the same number of tokens, so that all sides do the same work. The sides take turns in
+two engines that run side by side, one without and one with the tap; the figures are medians.
 """
 
 from __future__ import annotations
@@ -90,9 +90,11 @@ def main() -> None:
     flat = {"flat_logprobs": True}
     sides = {
         "plain vLLM, no log-probs": lambda: generate(plain, prompts, tokens),
-        "logprobs=0": lambda: generate(plain, prompts, tokens, logprobs=0, **flat),
-        "logprobs=20": lambda: generate(plain, prompts, tokens, logprobs=20, **flat),
-        "full row (logprobs=-1)": lambda: generate(plain, few, tokens, logprobs=-1, **flat),
+        "logprobs=0, flat": lambda: generate(plain, prompts, tokens, logprobs=0, **flat),
+        "logprobs=20": lambda: generate(plain, prompts, tokens, logprobs=20),
+        "logprobs=20, flat": lambda: generate(plain, prompts, tokens, logprobs=20, **flat),
+        "full row (logprobs=-1)": lambda: generate(plain, few, tokens, logprobs=-1),
+        "full row, flat": lambda: generate(plain, few, tokens, logprobs=-1, **flat),
         TAPPED[0]: lambda: generate(tapped, prompts, tokens, temperature=0.0, tap=True),
         TAPPED[1]: lambda: generate(tapped, prompts, tokens, logprobs=0, tap=False, **flat),
     }
@@ -103,7 +105,7 @@ def main() -> None:
     base = rates["plain vLLM, no log-probs"]
     rows = [(name, f"{rate:,.0f}", f"{rate / base:.2f}") for name, rate in rates.items()]
     print_table(("side", "tokens/s", "of plain"), rows)
-    print(f"\ntap alone against logprobs=0: {rates[TAPPED[1]] / rates['logprobs=0']:.2f}")
+    print(f"\ntap alone against logprobs=0: {rates[TAPPED[1]] / rates['logprobs=0, flat']:.2f}")
     for engine in (plain, tapped):
         vllm_start.stop_vllm(engine)
 

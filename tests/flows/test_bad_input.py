@@ -148,6 +148,19 @@ def test_a_tokenizer_of_another_model_is_refused(refused, tmp_path):
     says(refused("generate", "--model", folder), folder, "ids up to 99", "0 to 49", "was trained with")
 
 
+def test_servers_that_are_not_named_are_asked_for(refused, tmp_path):
+    says(refused("generate", "--engine", "server"), "no endpoints", "engine.server.endpoints")
+    config = tmp_path / "night.toml"
+    config.write_text('[engine]\nkind = "server"\n[engine.server]\nendpoints = ["gpu1:8000"]\n')
+    says(refused("generate", "--config", config), "`gpu1:8000`", "no URL", "http://gpu1:8000/v1")
+
+
+def test_an_unknown_dtype_is_refused_with_the_known_ones(refused, tmp_path):
+    config = tmp_path / "night.toml"
+    config.write_text('[engine]\ndtype = "float8"\n')
+    says(refused("generate", "--config", config), config, "engine.dtype", "'float32' or 'bfloat16'")
+
+
 def test_a_model_without_weights_is_refused(refused, tmp_path):
     folder = model_copy(tmp_path, "*.safetensors")
     says(refused("generate", "--model", folder), folder, "no safetensors weights", "complete model folder")

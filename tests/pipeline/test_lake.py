@@ -84,8 +84,26 @@ def test_a_lake_of_a_newer_schema_is_refused(lake: Lake) -> None:
         changed = catalog.execute(f'update "{name}" set value = ?', [str(schema.SCHEMA_VERSION + 1)])
         assert changed.rowcount == 1
     catalog.close()
-    with pytest.raises(LakeError, match=r"has schema 2, this EchoMine knows 1\. Update EchoMine"):
+    with pytest.raises(LakeError, match=r"has schema 3, this EchoMine knows 2\. Update EchoMine"):
         Lake.open(lake.folder)
+
+
+def test_a_lake_of_an_older_schema_gets_the_tables_it_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older = {name: columns for name, columns in schema.TABLES.items() if name != "scorings"}
+    with monkeypatch.context() as patch:
+        patch.setattr(schema, "TABLES", older)
+        patch.setattr(schema, "SCHEMA_VERSION", 1)
+        Lake.create(tmp_path / "lake").commit(group("a"))
+    lake = Lake.open(tmp_path / "lake")
+    assert groups_in(lake) == ["a"]
+    with lake.reader() as reader:
+        assert reader.rows("select count(*) as n from scorings") == [{"n": 0}]
+        assert reader.rows("select value from meta where key = 'schema_version'") == [{"value": "2"}]
+        snapshot = reader.snapshot
+    with Lake.open(tmp_path / "lake").reader() as reader:
+        assert reader.snapshot == snapshot  # once is enough
 
 
 def test_the_same_rollout_twice_is_one_row(lake: Lake) -> None:
@@ -206,7 +224,7 @@ def test_a_lake_made_by_three_at_once_is_one_lake(tmp_path: Path) -> None:
     folder = tmp_path / "lake"
     assert finished([start("create", folder) for _ in range(3)]) == [(0, "")] * 3
     with Lake.open(folder).reader() as reader:
-        assert reader.rows("select * from meta") == [{"key": "schema_version", "value": "1"}]
+        assert reader.rows("select * from meta") == [{"key": "schema_version", "value": str(schema.SCHEMA_VERSION)}]
     assert not list(folder.glob("building*"))
 
 

@@ -3,6 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -54,10 +56,10 @@ def full(states, weight, bias, targets, temperature=1.0, entropy_temperature=1.0
     return log_p.gather(1, targets[:, None])[:, 0], -(plain.exp() * plain).sum(-1)
 
 
-@pytest.mark.parametrize("chunk_rows", [1, 8, 37, 1000])
+@pytest.mark.parametrize("chunk_logits", [1, 60, 1000, 10**6])
 @pytest.mark.parametrize(("temperature", "entropy_temperature"), [(1.0, 1.0), (0.6, 1.0), (1.5, 1.5)])
 def test_values_and_gradients_are_those_of_a_full_softmax_in_float64(
-    chunk_rows, temperature, entropy_temperature
+    chunk_logits, temperature, entropy_temperature
 ):
     *inputs, targets = head_inputs()
     ours = token_logprobs_and_entropies(
@@ -68,7 +70,7 @@ def test_values_and_gradients_are_those_of_a_full_softmax_in_float64(
         temperature=temperature,
         entropy_temperature=entropy_temperature,
         differentiable_entropies=True,
-        chunk_rows=chunk_rows,
+        chunk_logits=chunk_logits,
     )
     theirs = full(*inputs, targets, temperature, entropy_temperature)
     pulls = torch.linspace(-1, 2, len(targets), dtype=torch.float64)
@@ -89,7 +91,7 @@ def test_entropies_carry_no_gradient_unless_asked():
 
 def test_bfloat16_input_is_computed_in_float32():
     states, weight, bias, targets = head_inputs(vocabulary=4001, dtype=torch.bfloat16)
-    ours = token_logprobs_and_entropies(states, weight, targets, bias=bias, chunk_rows=10)
+    ours = token_logprobs_and_entropies(states, weight, targets, bias=bias, chunk_logits=10_000)
     theirs = full(states, weight, bias, targets)
     assert ours[0].dtype == ours[1].dtype == torch.float32
     for our, their in zip(ours, theirs, strict=True):
@@ -98,18 +100,46 @@ def test_bfloat16_input_is_computed_in_float32():
     assert weight.grad.dtype == states.grad.dtype == torch.bfloat16
 
 
-def test_no_more_than_a_chunk_of_logits_exists_at_once(monkeypatch):
-    rows_seen = []
-    plain = module._logits
+class Largest(TorchDispatchMode):
+    """Notes how many elements the largest tensor has that any operation makes."""
 
-    def watched(hidden, weight, bias):
-        rows_seen.append(len(hidden))
-        return plain(hidden, weight, bias)
+    elements = 0
 
-    monkeypatch.setattr(module, "_logits", watched)
-    states, weight, _, targets = head_inputs(num_rows=37)
-    token_logprobs_and_entropies(states, weight, targets, chunk_rows=10)[0].sum().backward()
-    assert rows_seen == [10, 10, 10, 7] * 2  # forward, and again in backward
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        sizes = [x.numel() for x in tree_flatten(made)[0] if isinstance(x, torch.Tensor)]
+        self.elements = max([self.elements, *sizes])
+        return made
+
+
+def test_no_more_than_a_chunk_of_logits_exists_at_once():
+    states, weight, bias, targets = head_inputs(num_rows=100, hidden=2, vocabulary=3000)
+    with Largest() as largest, torch.no_grad():
+        token_logprobs_and_entropies(states, weight, targets, bias=bias, chunk_logits=900)
+    assert largest.elements == 900
+    with Largest() as largest:
+        logprobs, entropies = token_logprobs_and_entropies(
+            states, weight, targets, bias=bias, chunk_logits=900, differentiable_entropies=True
+        )
+        (logprobs + entropies).sum().backward()
+    assert largest.elements == weight.numel() == 6000  # its gradient
+
+
+def test_weights_of_half_precision_are_cast_a_block_at_a_time():
+    states, weight, _, targets = head_inputs(num_rows=8, hidden=64, vocabulary=5000, dtype=torch.bfloat16)
+    with Largest() as largest, torch.no_grad():
+        token_logprobs_and_entropies(states, weight, targets, chunk_logits=800)
+    assert largest.elements == 100 * 64  # 800 logits are those of 8 rows and 100 tokens
+
+
+def test_rounding_gives_no_negative_entropy_and_no_probability_above_one():
+    states, weight, _, _ = head_inputs(num_rows=200, vocabulary=3000, dtype=torch.float32)
+    with torch.no_grad():
+        certain = (states @ weight.T).argmax(-1)
+        logprobs, entropies = token_logprobs_and_entropies(states * 9, weight, certain, chunk_logits=999)
+    assert logprobs.max() <= 0
+    assert entropies.min() >= 0
+    assert (entropies < 1e-6).sum() > 20
 
 
 def rows_of(*lengths):

@@ -21,6 +21,7 @@ from pipeline.sqlfiles import SQL_FOLDER, params_of
 
 FILES = sorted(path for path in SQL_FOLDER.rglob("*.sql") if path.name != "macros.sql")
 MAY_BE_EMPTY = {"checks"}  # a sound lake has no offending rows
+SCORER_PARAMS = {"rescore": True, "weights_hash": "0123", "tokenizer_hash": "4567", "context": 512}
 REPORT_PARAMS = {"night": date(2026, 3, 2), "model": "small", "num_clips": 20}
 
 
@@ -82,7 +83,7 @@ def reader(sample_lake) -> Iterator[Reader]:
 def params(sample_lake) -> dict[str, object]:
     mining = MiningConfig(clips_per_group=2, max_policy_lag=7).model_dump()
     ids = {"run_id": sample_lake.run_id, "mining_id": sample_lake.mining_id, "incremental": False}
-    return {**mining, **LIMITS, **REPORT_PARAMS, **ids}
+    return {**mining, **LIMITS, **SCORER_PARAMS, **REPORT_PARAMS, **ids}
 
 
 @pytest.fixture(params=FILES, ids=lambda path: str(path.relative_to(SQL_FOLDER)))
