@@ -224,7 +224,8 @@ def test_a_lake_made_by_three_at_once_is_one_lake(tmp_path: Path) -> None:
     folder = tmp_path / "lake"
     assert finished([start("create", folder) for _ in range(3)]) == [(0, "")] * 3
     with Lake.open(folder).reader() as reader:
-        assert reader.rows("select * from meta") == [{"key": "schema_version", "value": str(schema.SCHEMA_VERSION)}]
+        version = {"key": "schema_version", "value": str(schema.SCHEMA_VERSION)}
+        assert reader.rows("select * from meta") == [version]
     assert not list(folder.glob("building*"))
 
 
