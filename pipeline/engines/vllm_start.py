@@ -170,7 +170,8 @@ def _variables(config: EngineConfig, index: int, num_engines: int) -> dict[str, 
     """Environment variables of one engine's processes."""
     variables = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if config.vllm.in_process else "1",
-        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+        "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # standard output is for results
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
         "ECHOMINE_OWNER_PID": str(os.getpid()),
