@@ -29,7 +29,9 @@ def generate(run: NightRun) -> Path | None:
     Raises:
         EngineError: the engine cannot go on. What was staged stays, and the next call starts anew.
     """
-    stream = _streams.setdefault(run.run_id, _batches(run))
+    if run.run_id not in _streams:
+        _streams[run.run_id] = _batches(run)
+    stream = _streams[run.run_id]
     try:
         batch = next(stream, None)
     except BaseException:
@@ -83,8 +85,7 @@ def _sampled(run: NightRun, engine: Engine, prompt_ids: list[str]) -> Iterator[P
     order = {prompt_id: place for place, prompt_id in enumerate(prompt_ids)}
     batch: list[Group] = []
     spent, since = facts(run).get("generate_seconds", 0.0), time.monotonic()
-    groups = engine.generate(requests, sampling)
-    for group in groups:
+    for group in engine.generate(requests, sampling):
         batch.append(group)
         if len(batch) < per_batch and time.monotonic() - since < STAGE_SECONDS:
             continue

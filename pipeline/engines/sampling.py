@@ -64,13 +64,11 @@ def draw(logits: Tensor, uniforms: Tensor, rule: DrawRule) -> Drawn:
     """
     weights, totals, entropies = measure(logits)
     if rule.temperature != 1.0:
-        normalizers, (weights, _, tempered) = totals.log(), measure(logits / rule.temperature)
+        weights, _, tempered = measure(logits / rule.temperature)
         if rule.entropy_kind == "full_vocab_tempered":
             entropies = tempered
-    else:
-        normalizers = totals.log()
     tokens = _pick(_truncated(weights, rule), uniforms)
-    return Drawn(tokens, logits.gather(1, tokens[:, None])[:, 0] - normalizers, entropies)
+    return Drawn(tokens, logits.gather(1, tokens[:, None])[:, 0] - totals.log(), entropies)
 
 
 def measure(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,6 +8,7 @@ preemption) draws the same noise and is written to the same place, so it never c
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -61,12 +62,12 @@ class Tapped:
 
     request: TapRequest
     kind: int  # the same for requests that are drawn by the same rule
-    noise: list[float] = field(init=False)  # [max_tokens]
+    noise: array[float] = field(init=False)  # [max_tokens]; its elements are read one by one
     rows: NDArray[Any] = field(init=False)  # [max_tokens] of _ROW; NaN where nothing was measured
     num_tokens: int = 0  # positions up to the last that was measured
 
     def __post_init__(self) -> None:
-        self.noise = noise(self.request.seed, self.request.max_tokens).tolist()
+        self.noise = array("d", noise(self.request.seed, self.request.max_tokens).tobytes())
         self.rows = np.full(self.request.max_tokens, np.array((-1, np.nan, np.nan), dtype=_ROW))
 
 
