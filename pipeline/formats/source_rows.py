@@ -15,7 +15,7 @@ class SourceRow:
     Attributes:
         source: file name and line (or row) from 1: `dump.jsonl:17`.
         values: columns of `rollouts` by name. The prompt is `prompt_ids`, or `messages` (a list of
-            {"role", "content"}, rendered with the tokenizer's chat template), or `prompt_text` (what the model
+            {"role", "content"}, rendered with the chat template), or `prompt_text` (what the model
             read, tokenized as it stands). The completion is `completion_ids`, or the text in `completion`.
             `ground_truth` and `data_source` go to the prompt. What a dump does not say is left out.
         problem: why the row cannot be read as a rollout; then `values` is what goes to quarantine.
