@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.lake import Reader
+from pipeline.lake_reader import Reader
 from pipeline.sqlfiles import SQL_FOLDER, sql_file
 
 

@@ -16,7 +16,8 @@ from pipeline.checks import run_checks
 from pipeline.config import NightlyConfig
 from pipeline.engines.vllm_start import installed_version as installed_vllm
 from pipeline.errors import EchoMineError
-from pipeline.lake import Lake, Reader
+from pipeline.lake import Lake
+from pipeline.lake_reader import Reader
 from pipeline.models import model_folder
 from pipeline.tokenization import load_tokenizer
 
@@ -92,7 +93,7 @@ def _lake(folder: Path) -> Iterator[Finding]:
     try:
         lake = Lake.open(folder)
         with lake.reader() as reader:
-            damaged = lake.damaged_files(reader)
+            damaged = reader.damaged_files()
             for file in damaged:
                 yield Finding(f"file {file.path}", False, f"{file.problem}. Restore it from a backup.")
             if damaged:  # what else there is to ask would be answered from them

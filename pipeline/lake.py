@@ -10,42 +10,30 @@ half a commit. Every commit is a snapshot that can be queried again.
 
 from __future__ import annotations
 
-import random
 import re
-import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import duckdb
 import pyarrow as pa
-from duckdb_extensions import import_extension
 from filelock import FileLock
 
 from pipeline import schema
-from pipeline.errors import LakeError, QueryError, said
-from pipeline.hashing import file_sha256
+from pipeline.catalog import Catalog, retried, session
+from pipeline.errors import LakeError, said
+from pipeline.lake_reader import Reader
 from pipeline.parquet import write_data_file
-from pipeline.query import Selection, reading_only
-from pipeline.sqlfiles import macros, params_of, views
 
 # Fewer rows are kept in the catalog itself (DuckLake's data inlining) instead of a tiny file each.
 INLINED_ROWS = 1000
-BUSY_TIMEOUT_MS = 30_000
-RETRIES = 8
 _DAMAGE = re.compile(r"magic bytes|corrupt|malformed|ZSTD|TProtocol|parquet metadata", re.IGNORECASE)
 
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class DamagedFile:
-    path: str
-    problem: str
 
 
 class Lake:
@@ -53,8 +41,8 @@ class Lake:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.catalog = folder / "catalog.sqlite"
         self.files = folder / "files"
+        self.catalog = Catalog(folder / "catalog.sqlite", self.files)
         self._lock = FileLock(folder / "write.lock")
 
     @classmethod
@@ -65,7 +53,7 @@ class Lake:
             LakeError: there is none, it is damaged, or it was made by a newer EchoMine.
         """
         lake = cls(folder.absolute())
-        if not lake.catalog.is_file():
+        if not lake.catalog.path.is_file():
             raise LakeError(
                 f"There is no lake in {folder}. Give its folder with --lake or ECHOMINE_LAKE, "
                 "or make one with `echomine nightly` or `echomine import`."
@@ -88,7 +76,7 @@ class Lake:
         try:
             lake.files.mkdir(parents=True, exist_ok=True)
             with lake._lock:
-                if not lake.catalog.exists():
+                if not lake.catalog.path.exists():
                     lake._create_tables()
         except (OSError, duckdb.Error) as error:
             what = error.strerror if isinstance(error, OSError) else None
@@ -100,21 +88,21 @@ class Lake:
 
     def _create_tables(self) -> None:
         # Built under another name, so that a crash leaves no half-made catalog behind.
-        building = self.catalog.with_name(f"building-{uuid.uuid4().hex}.sqlite")
-        connection = _connect()
+        building = self.catalog.path.with_name(f"building-{uuid.uuid4().hex}.sqlite")
         try:
-            _attach(connection, building, self.files, "meta_journal_mode 'wal'")
-            connection.execute("begin")
-            for table in schema.TABLES:
-                connection.execute(schema.ddl(table))
-            connection.execute("insert into meta values ('schema_version', ?)", [str(schema.SCHEMA_VERSION)])
-            connection.execute("commit")
-            option = f"'data_inlining_row_limit', '{INLINED_ROWS}'"
-            connection.execute(f"call ducklake_set_option('lake', {option})")
-            connection.close()  # SQLite moves its journal into the file
-            building.rename(self.catalog)
+            with session() as connection:
+                Catalog(building, self.files).attach(connection, "meta_journal_mode 'wal'")
+                connection.execute("begin")
+                for table in schema.TABLES:
+                    connection.execute(schema.ddl(table))
+                connection.execute(
+                    "insert into meta values ('schema_version', ?)", [str(schema.SCHEMA_VERSION)]
+                )
+                connection.execute("commit")
+                option = f"'data_inlining_row_limit', '{INLINED_ROWS}'"
+                connection.execute(f"call ducklake_set_option('lake', {option})")
+            building.rename(self.catalog.path)  # SQLite has moved its journal into the file by now
         finally:
-            connection.close()
             _remove(list(building.parent.glob(f"{building.name}*")))
 
     def _migrate(self) -> None:
@@ -135,9 +123,9 @@ class Lake:
         Raises:
             LakeError: no such snapshot, or the catalog cannot be read.
         """
-        connection = _connect()
         try:
-            yield self._session(connection, snapshot)
+            with session() as connection:
+                yield self._pinned(connection, snapshot)
         except duckdb.Error as error:
             # A damaged file has no exception of its own; what a wrong query raises stays as it is.
             if not isinstance(error, duckdb.IOException) and not _DAMAGE.search(str(error)):
@@ -146,15 +134,16 @@ class Lake:
                 f"The lake in {self.folder} cannot be read: {said(error)}. "
                 "Run `echomine doctor` to see what is damaged."
             ) from error
-        finally:
-            connection.close()
 
-    def _session(self, connection: duckdb.DuckDBPyConnection, snapshot: int | None) -> Reader:
+    def _pinned(self, connection: duckdb.DuckDBPyConnection, snapshot: int | None) -> Reader:
         try:
-            if snapshot is None:
-                snapshot = _retried(lambda: _newest_snapshot(connection, self.catalog))
-            _retried(lambda: _attach(connection, self.catalog, self.files, "read_only", snapshot))
-            return Reader(connection, self, snapshot)
+            newest = (
+                snapshot
+                if snapshot is not None
+                else retried(partial(self.catalog.newest_snapshot, connection))
+            )
+            retried(partial(self.catalog.attach, connection, "read_only", snapshot=newest))
+            return Reader(connection, self, newest)
         except duckdb.Error as error:
             if "No snapshot found" in str(error):
                 raise LakeError(
@@ -162,7 +151,7 @@ class Lake:
                     'See `echomine sql "from snapshots"` for those it has.'
                 ) from error
             raise LakeError(
-                f"The catalog {self.catalog} cannot be read: {said(error)}. "
+                f"The catalog {self.catalog.path} cannot be read: {said(error)}. "
                 "Restore it from a backup; the data files beside it were not touched."
             ) from error
 
@@ -228,25 +217,26 @@ class Lake:
         """
 
         def once() -> Result:
-            connection, written = _connect(), list[Path]()
+            written = list[Path]()
             try:
-                _attach(connection, self.catalog, self.files)
-                result = change(connection, written)
-                try:
-                    connection.execute("commit")
-                except KeyboardInterrupt:
-                    written.clear()  # it may have gone through: better an orphan than a lost file
-                    raise
-                return result
+                with session() as connection:
+                    self.catalog.attach(connection)
+                    result = change(connection, written)
+                    # Interrupted, it may have gone through: better an orphan than a lost file.
+                    committed, written[:] = list(written), []
+                    try:
+                        connection.execute("commit")
+                    except duckdb.Error:
+                        written += committed
+                        raise
+                    return result
             except BaseException:
                 _remove(written)
                 raise
-            finally:
-                connection.close()
 
         try:
             with self._lock:
-                return _retried(once)
+                return retried(once)
         except (OSError, duckdb.Error) as error:
             raise LakeError(
                 f"Cannot write to the lake in {self.folder}: {said(error)}. "
@@ -286,176 +276,22 @@ class Lake:
             how many there were. Younger files stay: their commit may be under way.
         """
         oldest = datetime.now(UTC) - older_than
-        connection = _connect()
         try:
-            with self._lock:
-                _attach(connection, self.catalog, self.files)
+            with self._lock, session() as connection:
+                self.catalog.attach(connection)
                 deleted = connection.execute(
                     "call ducklake_delete_orphaned_files('lake', older_than => ?)",
                     [oldest],
                 ).fetchall()
-                partial = [
+                unfinished = [
                     p for p in self.files.rglob(".*.partial") if p.stat().st_mtime < oldest.timestamp()
                 ]
-                _remove(partial)
-            return len(deleted) + len(partial)
+                _remove(unfinished)
+            return len(deleted) + len(unfinished)
         except (OSError, duckdb.Error) as error:
             raise LakeError(
                 f"Cannot tidy the lake in {self.folder}: {said(error)}. Mend that and run the command again."
             ) from error
-        finally:
-            connection.close()
-
-    def damaged_files(self, reader: Reader, since_snapshot: int = -1) -> list[DamagedFile]:
-        """Data files added after `since_snapshot` that are missing or not as they were written."""
-        damaged = []
-        for row in reader.rows(
-            """
-            select files.path, files.sha256
-            from files
-            join __ducklake_metadata_lake.ducklake_data_file as data
-                on ends_with(files.path, parse_filename(data.path))
-            where data.begin_snapshot > $since and data.end_snapshot is null
-            order by files.path
-            """,
-            {"since": since_snapshot},
-        ):
-            path = self.folder / row["path"]
-            if not path.is_file():
-                damaged.append(DamagedFile(row["path"], "is missing"))
-            elif file_sha256(path) != row["sha256"]:
-                damaged.append(DamagedFile(row["path"], "is not as it was written (its SHA-256 differs)"))
-        return damaged
-
-
-class Reader:
-    """A read-only session pinned to one snapshot; `rollouts`, `groups`, … are plain relation names in it."""
-
-    def __init__(self, connection: duckdb.DuckDBPyConnection, lake: Lake, snapshot: int) -> None:
-        self.connection = connection
-        self.lake = lake
-        self.snapshot = snapshot
-        self._locked = False
-        for statement in (*macros(), *views()):
-            connection.execute(statement)
-
-    def table(self, sql: str, params: Mapping[str, Any] | None = None) -> pa.Table:
-        """The result of a query; of `params`, those that the text names with `$` are bound."""
-        bound = {name: (params or {})[name] for name in params_of(sql)}
-        return self.connection.execute(sql, bound).to_arrow_table()
-
-    def batches(self, sql: str, num_rows: int, params: Mapping[str, Any] | None = None) -> Iterator[pa.Table]:
-        """The result of a query, at most `num_rows` rows at a time; it is computed while it is read."""
-        bound = {name: (params or {})[name] for name in params_of(sql)}
-        for batch in self.connection.execute(sql, bound).to_arrow_reader(num_rows):
-            yield pa.Table.from_batches([batch])
-
-    def rows(self, sql: str, params: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = self.table(sql, params).to_pylist()
-        return rows
-
-    def materialize(self, name: str, sql: str, params: Mapping[str, Any]) -> None:
-        """Keeps a query's result as the temporary relation `name` for the queries that build on it."""
-        bound = {param: params[param] for param in params_of(sql)}
-        self.connection.execute(f'create or replace temp table "{name}" as {sql}', bound)
-
-    def materialize_rows(self, name: str, rows: pa.Table) -> None:
-        """Keeps Arrow rows as the temporary relation `name`."""
-        self.connection.register("incoming", rows)
-        self.connection.execute(f'create or replace temp table "{name}" as from incoming')
-        self.connection.unregister("incoming")
-
-    def data_snapshot(self) -> int:
-        """The snapshot of the last change to `rollouts`: what a mining of this session really mines."""
-        return int(
-            self.rows(
-                """
-                select coalesce(max(data.begin_snapshot), 0) as snapshot
-                from __ducklake_metadata_lake.ducklake_data_file as data
-                join __ducklake_metadata_lake.ducklake_table as tables using (table_id)
-                where tables.table_name = 'rollouts' and data.begin_snapshot <= $snapshot
-                """,
-                {"snapshot": self.snapshot},
-            )[0]["snapshot"]
-        )
-
-    def touched_groups(self, since_snapshot: int) -> pa.Table:
-        """[group_id] of the groups that got rollouts after `since_snapshot`."""
-        if since_snapshot >= self.snapshot:
-            return pa.table({"group_id": pa.array([], pa.string())})
-        return self.table(
-            "select distinct group_id from ducklake_table_insertions('lake', 'main', 'rollouts', $a, $b)",
-            {"a": since_snapshot + 1, "b": self.snapshot},
-        )
-
-    def select(self, sql: str) -> Selection:
-        """Runs a user's query: reading only, nothing beyond this lake's folder.
-
-        Raises:
-            QueryError: it is wrong, would write, or reaches for other files.
-        """
-        checked = reading_only(self.connection, sql)
-        self._lock_down()
-        try:
-            result = self.connection.execute(checked)
-            return Selection([column[0] for column in result.description], result.to_arrow_table())
-        except duckdb.Error as error:
-            raise QueryError(
-                f"The query failed: {said(error)}. Mend it; `describe` names a relation's columns."
-            ) from error
-
-    def _lock_down(self) -> None:
-        """From here on the session reaches this lake's data files only; it cannot be undone."""
-        if self._locked:
-            return
-        self.connection.execute(f"set allowed_directories = ['{_quoted(self.lake.files)}/']")
-        self.connection.execute("set python_enable_replacements = false")  # our own variables are no tables
-        self.connection.execute("set enable_external_access = false; set lock_configuration = true")
-        self._locked = True
-
-
-def _connect() -> duckdb.DuckDBPyConnection:
-    connection = duckdb.connect(config={"autoinstall_known_extensions": False})
-    for extension in ("ducklake", "sqlite"):
-        import_extension(extension, con=connection)  # from the installed package, never from the network
-        connection.execute(f"load {extension}")
-    connection.execute("set timezone = 'UTC'; set enable_progress_bar = false")
-    return connection
-
-
-def _attach(
-    connection: duckdb.DuckDBPyConnection,
-    catalog: Path,
-    data_path: Path,
-    options: str = "",
-    snapshot: int | None = None,
-) -> None:
-    # ATTACH takes no bound parameters: paths are quoted, numbers are formatted as integers.
-    # The catalog notes where its data lay when it was made; the folder may have been moved since.
-    settings = [
-        f"meta_busy_timeout {BUSY_TIMEOUT_MS}",
-        f"data_path '{_quoted(data_path)}/'",
-        "override_data_path true",
-    ]
-    if snapshot is not None:
-        settings.append(f"snapshot_version {int(snapshot)}")
-    if options:
-        settings.append(options)
-    connection.execute(f"attach 'ducklake:sqlite:{_quoted(catalog)}' as lake ({', '.join(settings)})")
-    connection.execute("use lake")
-
-
-def _newest_snapshot(connection: duckdb.DuckDBPyConnection, catalog: Path) -> int:
-    connection.execute("detach database if exists newest")
-    connection.execute(f"attach '{_quoted(catalog)}' as newest (type sqlite, read_only)")
-    row = connection.execute("select max(snapshot_id) from newest.ducklake_snapshot").fetchone()
-    connection.execute("detach newest")
-    assert row is not None
-    return int(row[0])
-
-
-def _quoted(path: Path) -> str:
-    return str(path).replace("'", "''")
 
 
 def _new_rows(connection: duckdb.DuckDBPyConnection, name: str, rows: pa.Table) -> pa.Table:
@@ -483,19 +319,6 @@ def _insert(connection: duckdb.DuckDBPyConnection, name: str, rows: pa.Table) ->
     connection.register("incoming", rows)
     connection.execute(f'insert into "{name}" by name from incoming')
     connection.unregister("incoming")
-
-
-def _retried(action: Callable[[], Result]) -> Result:
-    """Runs `action` again, later and later, while another process holds the catalog."""
-    for attempt in range(RETRIES):
-        try:
-            return action()
-        except duckdb.Error as error:
-            busy = re.search(r"database is locked|conflict|busy", str(error), re.IGNORECASE)
-            if not busy or attempt == RETRIES - 1:
-                raise
-            time.sleep(0.05 * 2**attempt * (1 + random.random()))
-    raise AssertionError("unreachable")
 
 
 def _remove(paths: list[Path]) -> None:

@@ -16,7 +16,8 @@ from pipeline import schema
 from pipeline.config import MiningConfig
 from pipeline.errors import LakeError, MiningError
 from pipeline.hashing import content_id
-from pipeline.lake import Lake, Reader
+from pipeline.lake import Lake
+from pipeline.lake_reader import Reader
 from pipeline.sqlfiles import macros, sql_file
 
 STAGES = ("group_classes", "successes", "best_steps", "group_clips", "clip_decisions")
@@ -181,7 +182,7 @@ def _recorded(newest: Reader, mining_id: str) -> Mining | None:
 def _refuse_damage(lake: Lake, reader: Reader, newest: Reader) -> None:
     """Files that no earlier mining met are read once more and compared with their recorded hash."""
     seen = newest.rows("select coalesce(max(snapshot), -1) as snapshot from mining_runs")[0]["snapshot"]
-    damaged = lake.damaged_files(reader, since_snapshot=seen)
+    damaged = reader.damaged_files(since_snapshot=seen)
     if damaged:
         raise LakeError(
             f"{damaged[0].path} in {lake.folder} {damaged[0].problem} ({len(damaged)} such files). "

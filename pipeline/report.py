@@ -21,7 +21,8 @@ from markupsafe import Markup
 from pipeline import report_charts as charts
 from pipeline.config import MiningConfig
 from pipeline.errors import LakeError, MiningError
-from pipeline.lake import Lake, Reader
+from pipeline.lake import Lake
+from pipeline.lake_reader import Reader
 from pipeline.report_clips import NUM_SHADES, clip_views
 from pipeline.report_text import embedded_json, finalize, number, percent
 from pipeline.sqlfiles import sql_file

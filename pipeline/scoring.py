@@ -18,7 +18,8 @@ import torch
 
 from pipeline import schema
 from pipeline.errors import LakeError, ModelError
-from pipeline.lake import Lake, Reader
+from pipeline.lake import Lake
+from pipeline.lake_reader import Reader
 from pipeline.logprobs import NO_LIMIT, TokenStats, check_head, limits
 from pipeline.models import load_model
 from pipeline.onednn import OneDnnLinear

@@ -76,7 +76,7 @@ def test_a_catalog_that_is_no_catalog_is_named(tmp_path: Path) -> None:
 
 
 def test_a_lake_of_a_newer_schema_is_refused(lake: Lake) -> None:
-    with sqlite3.connect(lake.catalog) as catalog:
+    with sqlite3.connect(lake.catalog.path) as catalog:
         (name,) = catalog.execute(
             "select table_name from ducklake_inlined_data_tables where table_id = "
             "(select table_id from ducklake_table where table_name = 'meta')"
@@ -170,7 +170,7 @@ def test_a_lake_may_be_moved_and_its_old_place_forgotten(lake: Lake, tmp_path: P
     assert groups_in(moved) == ["a", "b"]
     assert mine(moved, MiningConfig()).groups == {"all_success": 2}
     with moved.reader() as reader:
-        assert moved.damaged_files(reader) == []
+        assert reader.damaged_files() == []
     assert not lake.folder.exists()
 
 
@@ -194,7 +194,7 @@ def test_mining_refuses_a_damaged_file_and_records_nothing(lake: Lake, damage, p
     with pytest.raises(LakeError, match=rf"{path.name} .*{problem}.*Restore it from a backup"):
         mine(lake, MiningConfig())
     with lake.reader() as reader:
-        (found,) = lake.damaged_files(reader)
+        (found,) = reader.damaged_files()
         assert found.path == str(path.relative_to(lake.folder))
         assert problem in found.problem
         assert reader.rows("select * from mining_runs") == []

@@ -12,7 +12,7 @@ import pytest
 from sample_lake import SampleLake
 
 from pipeline.errors import QueryError
-from pipeline.lake import Reader
+from pipeline.lake_reader import Reader
 from pipeline.query import Selection
 
 Run = Callable[[str], Selection]

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.config import MiningConfig
-from pipeline.lake import Reader
+from pipeline.lake_reader import Reader
 from pipeline.mine import STAGES
 from pipeline.report import LIMITS
 from pipeline.report_charts import CLASS_COLOURS

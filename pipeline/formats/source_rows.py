@@ -1,0 +1,42 @@
+"""What a reader of a dump gives: rows in the words of the table `rollouts`, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class SourceRow:
+    """One rollout of a dump, or what is left of it.
+
+    Attributes:
+        source: file name and line (or row) from 1: `dump.jsonl:17`.
+        values: columns of `rollouts` by name. The prompt is `prompt_ids`, or `messages` (a list of
+            {"role", "content"}, rendered with the chat template), or `prompt_text` (what the model
+            read, tokenized as it stands). The completion is `completion_ids`, or the text in `completion`.
+            `ground_truth` and `data_source` go to the prompt. What a dump does not say is left out.
+        problem: why the row cannot be read as a rollout; then `values` is what goes to quarantine.
+    """
+
+    source: str
+    values: Mapping[str, Any]
+    problem: str | None = None
+
+
+class Format(Protocol):
+    """One kind of dump. A module with these names is one."""
+
+    NAME: str
+
+    def recognizes(self, path: Path) -> bool:
+        """Whether the file's first row looks like this format. Never raises for a file of another kind."""
+
+    def read(self, path: Path) -> Iterator[SourceRow]:
+        """Every rollout of one file, with bounded memory where the format allows it.
+
+        Raises:
+            FormatError: the file is missing, cut off, or of another kind: nothing of it can be read.
+        """
