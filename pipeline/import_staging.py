@@ -13,6 +13,7 @@ import shutil
 import uuid
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -47,16 +48,11 @@ class ImportStaging:
         self._writers: dict[str, pa.ipc.RecordBatchStreamWriter] = {}
 
     def __enter__(self) -> ImportStaging:
-        try:
+        with self._writing():
             self._parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
             _remove_abandoned(self._parent)
             self.folder.mkdir()
-        except OSError as error:
-            raise LakeError(
-                f"Cannot write {self._parent}: {error.strerror or error}. "
-                "Free space or mend the permissions, then import again; nothing was changed."
-            ) from error
         return self
 
     def __exit__(
@@ -72,21 +68,31 @@ class ImportStaging:
         Raises:
             LakeError: the disk is full.
         """
-        try:
+        with self._writing():
             if batch.refused:
                 self._write("refused", quarantine_table(batch.refused))
             if batch.staged.num_rows:
                 self._deal(batch.staged)
+
+    def finish(self) -> None:
+        """Closes what was written; reading comes after.
+
+        Raises:
+            LakeError: the disk is full.
+        """
+        with self._writing():
+            for writer in self._writers.values():
+                writer.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise LakeError(
                 f"Cannot write {self.folder}: {error.strerror or error}. "
-                "Free space, then import again; nothing was changed."
+                "Free space or mend the permissions, then run the command again; nothing was changed."
             ) from error
-
-    def finish(self) -> None:
-        """Closes what was written; reading comes after."""
-        for writer in self._writers.values():
-            writer.close()
 
     def parts(self) -> Iterator[pa.Table]:
         """The rows, schema STAGED, whole groups at a time; none twice."""

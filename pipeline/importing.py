@@ -17,7 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import schema
+from pipeline import formats, schema
+from pipeline.errors import FormatError
 from pipeline.formats.source_rows import Format
 from pipeline.hashing import content_id, file_sha256
 from pipeline.import_batches import batches
@@ -44,6 +45,22 @@ class Imported:
     rows: Ingested = Ingested()
     run_ids: frozenset[str] = frozenset()
     assumed: frozenset[str] = frozenset()
+
+
+def with_formats(files: Sequence[Path], name: str | None = None) -> list[tuple[Path, Format]]:
+    """Each dump with the format that reads it: the one named, or the one that recognizes it.
+
+    Nothing is written yet, so a mistyped path costs nothing.
+
+    Raises:
+        FormatError: a file is missing, cannot be read, or the format is not clear.
+    """
+    found = [(path, formats.named(name) if name else formats.format_of(path)) for path in files]
+    for path, kind in found:
+        if not path.exists():
+            raise FormatError(f"There is no file {path}. Check the path.")
+        next(kind.read(path), None)
+    return found
 
 
 def import_rollouts(

@@ -48,7 +48,12 @@ def format_of(path: Path) -> Format:
         raise FormatError(
             f"{path} may be {' or '.join(kind.NAME for kind in found)}. Say which with --format."
         )
+    if path.suffix == ".parquet":
+        from pipeline.formats.parquet_rows import parquet_tables
+
+        next(parquet_tables(path), None)  # says so if it is cut off
+    known = path.suffix in (".parquet", ".jsonl")
     raise FormatError(
-        f"{path} looks like no dump that is known. Check the path, or say what it is with --format "
-        f"({', '.join(NAMES)})."
+        f"{path} {'has the fields of no dump that is known' if known else 'is neither .parquet nor .jsonl'}. "
+        f"Convert it, or say what it is with --format ({', '.join(NAMES)})."
     )
