@@ -31,7 +31,8 @@ class Lists:
     def rows(self, doubtful: Mask) -> NDArray[np.int64]:
         """The rows of the items of which `doubtful`, or which are null."""
         items = np.flatnonzero(doubtful if self._nulls is None else doubtful | self._nulls)
-        return np.unique(np.searchsorted(self.offsets, items, side="right") - 1)
+        found: NDArray[np.int64] = np.unique(np.searchsorted(self.offsets, items, side="right") - 1)
+        return found
 
 
 def list_array(

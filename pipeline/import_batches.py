@@ -51,9 +51,7 @@ class Batch:
     assumed: set[str] = field(default_factory=set)
 
 
-def batches(
-    kind: Format, path: Path, file: int, first: int, context: ImportContext
-) -> Iterator[Batch]:  # fmt: skip
+def batches(kind: Format, path: Path, file: int, first: int, context: ImportContext) -> Iterator[Batch]:
     """Every row of a file, in batches of bounded size.
 
     Args:
@@ -121,7 +119,9 @@ def _batch_of_table(
 def _with_ids(rows: Sequence[Mapping[str, Any]], context: ImportContext) -> list[Mapping[str, Any]]:
     """The rows; those whose completion is known by its text only with its tokens."""
     texts = [
-        i for i, row in enumerate(rows) if "completion_ids" not in row and isinstance(row.get("completion"), str)
+        i
+        for i, row in enumerate(rows)
+        if row.get("completion_ids") is None and isinstance(row.get("completion"), str)
     ]
     made = list(rows)
     ids = context.tokenized([rows[i]["completion"] for i in texts])
@@ -184,7 +184,8 @@ def _staged(
     for row, given in zip(doubtful.tolist(), values, strict=True):
         rest.judge(int(numbers[row]), sources[row], given)
     table = table.append_column("nth", pa.array(numbers[sure]))
-    return table.append_column("source", pa.array([sources[row] for row in np.flatnonzero(sure)], pa.string()))
+    kept = [sources[row] for row in np.flatnonzero(sure)]
+    return table.append_column("source", pa.array(kept, pa.string()))
 
 
 def _finished(num_rows: int, staged: pa.Table, rest: _Rest, file: int, assumed: set[str]) -> Batch:

@@ -31,6 +31,7 @@ from pipeline.steps import SPLITTER, mean_step_entropies
 
 _IDS, _NATS = pa.list_(pa.int32()), pa.list_(pa.float32())
 
+
 def completed_columns(columns: Columns, context: ImportContext) -> tuple[pa.Table, Mask]:
     """The rows beyond doubt with the defaults filled in and their steps split.
 

@@ -129,7 +129,8 @@ def completed_row(values: Mapping[str, Any], context: ImportContext) -> dict[str
     completion_ids = context.checked_ids(given.get("completion_ids"), "completion_ids")
     prompt = context.prompt(values)
     prompt_ids = context.prompt_ids(values, prompt)
-    if given.get("finish_reason", "stop") not in FINISH_REASONS or given.get("origin", "policy") not in ORIGINS:
+    finish_reason, origin = given.get("finish_reason", "stop"), given.get("origin", "policy")
+    if finish_reason not in FINISH_REASONS or origin not in ORIGINS:
         raise FormatError(f"finish_reason must be one of {FINISH_REASONS}, origin one of {ORIGINS}")
     entropies = _nats(values, "completion_entropies")
     prompt_id = prompt.prompt_id if prompt is not None else content_id("tokens", ids_array(prompt_ids))

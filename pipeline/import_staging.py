@@ -19,7 +19,6 @@ from types import TracebackType
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from filelock import FileLock, Timeout
 
 from pipeline import schema
@@ -149,6 +148,4 @@ def _remove_abandoned(parent: Path) -> None:
 
 def bytes_in_memory(files: list[Path]) -> int:
     """About what the rows of some dumps take."""
-    return sum(
-        path.stat().st_size * (PARQUET_GROWTH if path.suffix == ".parquet" else 1) for path in files
-    )
+    return sum(path.stat().st_size * (PARQUET_GROWTH if path.suffix == ".parquet" else 1) for path in files)

@@ -8,7 +8,7 @@ that is in the lake is not written twice.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ class Imported:
         assumed: what the readers had to assume because the dumps do not say it; sentences.
     """
 
-    rows: Ingested = Ingested()
+    rows: Ingested = field(default_factory=Ingested)
     run_ids: frozenset[str] = frozenset()
     assumed: frozenset[str] = frozenset()
 

@@ -14,7 +14,8 @@ from pipeline.records import Prompt
 from pipeline.rollouts import Refused, checked, prompt_table, quarantine_table, rollout_table
 from pipeline.sqlfiles import sql_file
 
-_CLAIM = ("rollout_id", "group_id", "sample_index", "reward", "origin", "prompt_id", "model", "policy_version")
+_POLICY = ("prompt_id", "model", "policy_version")
+_CLAIM = ("rollout_id", "group_id", "sample_index", "reward", "origin", *_POLICY)
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def ingest_table(
 
 
 def _conflicts(lake: Lake, rows: pa.Table) -> dict[int, str]:
-    """Why rows contradict their group, by their number: another prompt or policy, or a place that is taken."""
+    """Why rows contradict their group, by their number: another prompt or policy, or a taken place."""
     numbers = pa.array(np.arange(rows.num_rows))
     with lake.reader() as reader:
         reader.materialize_rows("incoming_rollouts", rows.select(_CLAIM).append_column("nth", numbers))
@@ -110,7 +111,5 @@ def _reason(rows: pa.Table, conflict: Mapping[str, Any]) -> str:
     group = row["group_id"]
     if conflict["conflict"] == "content":
         return f"duplicate: sample {row['sample_index']} of group {group} is there with another content"
-    known, given = (
-        tuple(place[name] for name in ("prompt_id", "model", "policy_version")) for place in (conflict, row)
-    )
+    known, given = (tuple(place[name] for name in _POLICY) for place in (conflict, row))
     return f"group {group} is of one prompt, model and policy version: {known}, not {given}"

@@ -47,7 +47,7 @@ class TokenFacts:
         """
         rows = np.arange(len(offsets) - 1)
         if not self._joined:
-            return pa.array([self._text(ids, offsets, row) for row in rows], pa.string())
+            return pa.array([self._text(ids, offsets, row) for row in rows.tolist()], pa.string())
         flags = self._flags_of(ids)
         if self._dictionary is None:
             self._dictionary = pa.array(self._texts, pa.string())
@@ -59,7 +59,7 @@ class TokenFacts:
         odd = np.unique(np.searchsorted(offsets, parts, side="right") - 1)
         mask = np.zeros(len(rows), dtype=bool)
         mask[odd] = True
-        own = pa.array([self._text(ids, offsets, row) for row in odd], pa.string())
+        own = pa.array([self._text(ids, offsets, row) for row in odd.tolist()], pa.string())
         return pc.replace_with_mask(texts, pa.array(mask), own)
 
     def step_ends(

@@ -50,7 +50,9 @@ def import_() -> None:
     help="folder of the tokenizer or model that sampled the dumps; default: the --score-with model's",
 )
 @click.option(
-    "--score-with", metavar="MODEL", help="compute the entropies that the dumps lack: arith, smollm2 or a folder"
+    "--score-with",
+    metavar="MODEL",
+    help="compute the entropies that the dumps lack: arith, smollm2 or a folder",
 )
 @common_options
 @json_option

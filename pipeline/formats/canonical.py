@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from pipeline.errors import FormatError, nearest
@@ -107,4 +106,6 @@ def _with_problems(table: pa.Table) -> pa.Table:
     placeless = table["sample_index"].is_null().to_numpy()
     if not placeless.any():
         return table
-    return table.append_column("problem", pa.array(np.where(placeless, _NO_PLACE, None), pa.string()))
+    return table.append_column(
+        "problem", pa.array([_NO_PLACE if row else None for row in placeless], pa.string())
+    )

@@ -1,4 +1,4 @@
-"""Files with one JSON object a line, read fast; what the fast parser refuses is read slowly, then given up."""
+"""Files with one JSON object a line, read fast; what the fast parser refuses, Python's own may take."""
 
 from __future__ import annotations
 

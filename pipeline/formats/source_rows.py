@@ -19,8 +19,8 @@ class SourceRow:
         source: file name and line (or row) from 1: `dump.jsonl:17`.
         values: columns of `rollouts` by name. The prompt is `prompt_ids`, or `messages` (a list of
             {"role", "content"}, rendered with the chat template; `prompt` is the text of one user message),
-            or `prompt_text` (what the model read, tokenized as it stands). The completion is `completion_ids`, or the text in `completion`.
-            `ground_truth` and `data_source` go to the prompt. What a dump does not say is left out; without
+            or `prompt_text` (what the model read, tokenized as it stands). The completion is
+            `completion_ids`, or the text in `completion`. `ground_truth` and `data_source` go to the prompt. What a dump does not say is left out; without
             a `sample_index` the rows of a group are numbered as they stand in their file.
         problem: why the row cannot be read as a rollout; then `values` is what goes to quarantine, and its
             `group_id`, `sample_index` and `origin` still count in the size of the group.
@@ -57,6 +57,6 @@ class ColumnarFormat(Protocol):
     def tables(self, path: Path) -> Iterator[pa.Table] | None:
         """The rows of `read` as tables of bounded size; None if rows are all that this file has.
 
-        Columns are named as in `SourceRow.values`; `problem`, where there is one, is as there. The n-th row is
-        the source `file:n`.
+        Columns are named as in `SourceRow.values`; `problem`, where there is one, is as there. The n-th
+        row is the source `file:n`.
         """

@@ -1,11 +1,11 @@
-"""TRL's completions: `{output_dir}/completions/completions_{step}.parquet`, written with `log_completions=True`.
+"""TRL's completions: `{output_dir}/completions/completions_{step}.parquet`, with `log_completions=True`.
 
-Texts, a column of numbers for each reward function (NaN where it gave None), and the advantage. Which rows are
-a group is not said: they stand one after the other, so neighbours with the same prompt and step are one (the
-same prompt drawn twice in a row makes one group of two). Nor are the weights of the reward functions: the
-reward is their plain sum, as with TRL's default weights. Columns that a reward function logged beside its
-reward (`log_extra`) look the same if they hold fractions, and count too. TRL logs after the update, so its
-step is one more than the optimizer steps behind the sampling weights.
+Texts, a column of numbers for each reward function (NaN where it gave None), and the advantage. Which rows
+are a group is not said: they stand one after the other, so neighbours with the same prompt and step are one
+(the same prompt drawn twice in a row makes one group of two). Nor are the weights of the reward functions:
+the reward is their plain sum, as with TRL's default weights. Columns that a reward function logged beside its
+reward (`log_extra`) look the same if they hold fractions, and count too. `policy_version` is the logged step:
+one more than the optimizer steps behind the sampling weights, for every row alike.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ stand, so the end-of-sequence token and a chat template's marks are not among th
 of the token scores, shaping included if the reward function shapes. The v1 trainer names rows
 `uid = {prompt}_{session}_{output}`; only the last output of a session takes part in the advantages. The v0
 trainer names none, so rows of one file with the same `input` are a group: a prompt that was drawn twice in
-one step makes one group of two.
+one step makes one group of two. `policy_version` is the step, which verl counts from 1: one more than the
+optimizer steps behind the sampling weights, for every row alike.
 """
 
 from __future__ import annotations

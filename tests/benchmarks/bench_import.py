@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,14 @@ from pipeline.rollouts import Refused
 from pipeline.tokenization import load_tokenizer
 
 GROUP_SIZE = 8
-WORDS = "so the sum of two even numbers is even and then we add 17 to 25 which gives 42 . = + therefore x²".split()
+TEXT = "so the sum of two even numbers is even and then we add 17 to 25 which gives 42 . = + therefore x²"
 COMMIT_ROWS = 4096
 
 
 def dump_rows(num_groups: int, tokenizer: Any, seed: int = 0) -> Iterator[dict[str, Any]]:
     """Canonical rows in any order."""
     random = np.random.default_rng(seed)
-    sentences = [" ".join(random.choice(WORDS, random.integers(4, 20))) + "\n" for _ in range(2000)]
+    sentences = [" ".join(random.choice(TEXT.split(), random.integers(4, 20))) + "\n" for _ in range(2000)]
     lines = [np.array(ids) for ids in tokenizer(sentences, add_special_tokens=False)["input_ids"]]
     for place in random.permutation(num_groups * GROUP_SIZE):
         group, index = divmod(int(place), GROUP_SIZE)
@@ -147,7 +148,7 @@ def main() -> None:
         for write in (write_jsonl, write_parquet):
             path = Path(temporary) / f"dump.{write.__name__.removeprefix('write_')}"
             tokens = write(path, options.groups, tokenizer)
-            sides = {side: (lambda side=side: imported(side, path)) for side in ("row by row", "import")}
+            sides = {side: partial(imported, side, path) for side in ("row by row", "import")}
             seconds = medians(sides, options.repeats)
             rows += [
                 (
@@ -162,8 +163,8 @@ def main() -> None:
                 )
                 for side in sides
             ]
-    header = ("dump", "side", "MiB", "completion tokens", "median seconds", "tokens/s", "speed-up", "peak RSS, MiB")
-    print_table(header, rows)
+    header = ("dump", "side", "MiB", "completion tokens", "median seconds", "tokens/s", "speed-up")
+    print_table((*header, "peak RSS, MiB"), rows)
 
 
 if __name__ == "__main__":
