@@ -26,7 +26,8 @@ class Lists:
 
     def row(self, row: int) -> NDArray[Any]:
         """The items of one row; none if it is null."""
-        return self.flat[self.offsets[row] : self.offsets[row + 1]]
+        items: NDArray[Any] = self.flat[self.offsets[row] : self.offsets[row + 1]]
+        return items
 
     def rows(self, doubtful: Mask) -> NDArray[np.int64]:
         """The rows of the items of which `doubtful`, or which are null."""

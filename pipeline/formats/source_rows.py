@@ -20,8 +20,9 @@ class SourceRow:
         values: columns of `rollouts` by name. The prompt is `prompt_ids`, or `messages` (a list of
             {"role", "content"}, rendered with the chat template; `prompt` is the text of one user message),
             or `prompt_text` (what the model read, tokenized as it stands). The completion is
-            `completion_ids`, or the text in `completion`. `ground_truth` and `data_source` go to the prompt. What a dump does not say is left out; without
-            a `sample_index` the rows of a group are numbered as they stand in their file.
+            `completion_ids`, or the text in `completion`. `ground_truth` and `data_source` go to the prompt.
+            What a dump does not say is left out; without a `sample_index` the rows of a group are numbered
+            as they stand in their file.
         problem: why the row cannot be read as a rollout; then `values` is what goes to quarantine, and its
             `group_id`, `sample_index` and `origin` still count in the size of the group.
         assumed: what the reader had to assume because the dump does not say it, as one sentence. The user
