@@ -71,7 +71,7 @@ def import_rollouts(
     from pipeline import importing
     from pipeline.lake import Lake
     from pipeline.models import model_folder
-    from pipeline.tokenization import load_tokenizer
+    from pipeline.tokenization import load_tokenizer, tokenizer_hash
 
     if tokenizer is None and score_with is None:
         raise ConfigError(
@@ -79,6 +79,13 @@ def import_rollouts(
             "folder of the tokenizer (or the model) that sampled the dumps."
         )
     loaded = load_tokenizer(tokenizer or model_folder(settings.model))
+    if score_with is not None and tokenizer is not None:
+        own = load_tokenizer(model_folder(score_with))
+        if tokenizer_hash(own) != tokenizer_hash(loaded):
+            raise ConfigError(
+                f"{score_with} has another tokenizer than {tokenizer}, so it cannot score these rollouts. "
+                "Leave --tokenizer out, or score with the model that sampled them."
+            )
     dumps = importing.with_formats(files, None if format_name == "auto" else format_name)
     opened = Lake.create(lake)
     with bar("importing rows", None) as update:

@@ -51,7 +51,9 @@ VALUES: dict[str, list[Any]] = {
 
 def drawn(draw: random.Random, wrong: float) -> dict[str, Any]:
     """A row of which each column is, with probability `wrong`, anything that may stand in it."""
-    ids = [*TOKENIZER(draw.choice(["4\n#2", "\n\n4 \n x", "é", ""]))["input_ids"], EOS_ID][draw.randrange(2) :]
+    ids = [*TOKENIZER(draw.choice(["4\n#2", "\n\n4 \n x", "é", ""]))["input_ids"], EOS_ID][
+        draw.randrange(2) :
+    ]
     like = {"like": [draw.random() for _ in ids], "whole": [len(ids)] if ids else []}
     row = {"group_id": "a", "sample_index": draw.randrange(9), "prompt_ids": [1, 2], "completion_ids": ids}
     row |= {"completion_entropies": like["like"], "reward": 1.0}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import numpy as np
 import pytest
 from sample_lake import character_tokenizer
@@ -24,7 +26,17 @@ def byte_level() -> PreTrainedTokenizerFast:
 
 def byte_fallback() -> PreTrainedTokenizerFast:
     """As Llama 2 has it: a mark for spaces, bytes for what is no token, the first space stripped."""
-    pieces = ["▁a", "b", "▁", "\n", "▁\n", ".\n\n", "x▁\n", *(f"<0x{byte:02X}>" for byte in range(256)), "<eos>"]
+    pieces = [
+        "▁a",
+        "b",
+        "▁",
+        "\n",
+        "▁\n",
+        ".\n\n",
+        "x▁\n",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "<eos>",
+    ]
     backend = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], byte_fallback=True))
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -54,7 +66,7 @@ def completions(size: int, seed: int) -> list[list[int]]:
 
 
 def flat(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    return np.array(sum(rows, []), dtype=np.int32), np.cumsum([0, *map(len, rows)])
+    return np.array(list(chain.from_iterable(rows)), dtype=np.int32), np.cumsum([0, *map(len, rows)])
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -78,7 +90,8 @@ def test_characters_of_several_byte_tokens_are_put_together(seed: int) -> None:
     whole = [[tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in c.encode()] for c in "π🙂\né "]
     plain = [[token] for token in (*range(7), tokenizer.eos_token_id)]
     pieces = whole + plain
-    rows = [sum((pieces[i] for i in random.integers(0, len(pieces), 12)), []) for _ in range(300)]
+    drawn = random.integers(0, len(pieces), (300, 12))
+    rows = [[token for piece in row for token in pieces[piece]] for row in drawn]
     facts = TokenFacts(tokenizer)
     ends, counts = facts.step_ends(*flat(rows))
     found = [part.tolist() for part in np.split(ends, np.cumsum(counts)[:-1])]

@@ -7,7 +7,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from sample_lake import character_tokenizer
 
 from pipeline.errors import FormatError
 from pipeline.formats import trl

@@ -24,7 +24,9 @@ def taken(lake: Lake, *files: Path) -> Imported:
 
 def rollouts(lake: Lake, columns: str) -> list[tuple[Any, ...]]:
     with lake.reader() as reader:
-        sql = f"select {columns} from rollouts order by min(rollouts.reward) over (partition by group_id) desc,"
+        sql = (
+            f"select {columns} from rollouts order by min(rollouts.reward) over (partition by group_id) desc,"
+        )
         return [tuple(row.values()) for row in reader.rows(f"{sql} group_id, sample_index")]
 
 
@@ -47,7 +49,9 @@ def test_a_v0_dump_is_grouped_by_its_input_and_the_user_is_told(lake: Lake) -> N
 def test_texts_are_tokenized_as_they_stand(lake: Lake) -> None:
     taken(lake, V0)
     text = "17+20=37\n37+5=42\n#42"
-    ((prompt, completion, ids, ends),) = rollouts(lake, "prompt_ids, completion, completion_ids, step_ends")[1:2]
+    ((prompt, completion, ids, ends),) = rollouts(lake, "prompt_ids, completion, completion_ids, step_ends")[
+        1:2
+    ]
     assert TOKENIZER.decode(prompt) == "17+25"
     assert completion == TOKENIZER.decode(ids) == text
     assert ends == [9, 17, 20]
