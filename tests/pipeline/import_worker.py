@@ -1,0 +1,57 @@
+"""An import in a process of its own that is killed: `python import_worker.py LAKE WHEN FILE…`.
+
+WHEN is `staging` (in the middle of the dumps), or `commits` (after the second part is in the lake).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sample_lake import character_tokenizer
+
+import pipeline.import_batches
+import pipeline.import_staging
+import pipeline.importing
+from pipeline.formats.canonical import import_canonical
+from pipeline.import_batches import Batch
+from pipeline.import_staging import ImportStaging
+from pipeline.lake import Lake
+
+
+def killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main() -> None:
+    folder, when, *files = sys.argv[1:]
+    pipeline.import_staging.PART_BYTES = 4096  # many parts
+    pipeline.import_batches.BATCH_ITEMS = 500
+    seen = 0
+
+    def counted(*_: object) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == 3:
+            killed()
+
+    if when == "staging":
+        add = ImportStaging.add
+
+        def adding(self: ImportStaging, batch: Batch) -> None:
+            counted()
+            add(self, batch)
+
+        ImportStaging.add = adding  # type: ignore[method-assign]
+    else:
+        commit = pipeline.importing._committed
+        pipeline.importing._committed = lambda *a: (counted(), commit(*a))[1]  # type: ignore[assignment]
+    import_canonical(Lake.open(Path(folder)), [Path(file) for file in files], character_tokenizer())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""Imports of any size: in parts, killed and run again, of files that turn out damaged."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from sample_lake import EOS_ID, character_tokenizer
+
+import pipeline.import_batches
+import pipeline.import_staging
+from pipeline.errors import FormatError
+from pipeline.formats.canonical import import_canonical
+from pipeline.importing import import_rollouts, num_unscored, with_formats
+from pipeline.ingest import Ingested
+from pipeline.lake import Lake
+
+HERE = Path(__file__).parent
+TOKENIZER = character_tokenizer()
+GROUPS, GROUP_SIZE = 40, 4
+
+
+def dump(path: Path) -> Path:
+    """Groups scattered over the file, and among them bad rows of all kinds."""
+    rows: list[dict[str, Any]] = []
+    for group in range(GROUPS):
+        for index in range(GROUP_SIZE):
+            ids = [*TOKENIZER(f"{group}+{index}\n#{group}")["input_ids"], EOS_ID]
+            entropies = [(group + index + i) % 7 / 8 for i in range(len(ids))]
+            row = {"group_id": f"g{group}", "sample_index": index, "prompt": f"{group}?", "reward": 1.0}
+            rows.append(row | {"completion_ids": ids, "completion_entropies": entropies})
+    rows[5] |= {"reward": None}
+    rows[9] |= {"completion_ids": [10**6], "completion_entropies": [0.5]}
+    rows.append(rows[20] | {"reward": 0.0})
+    rows.append(rows[24] | {"sample_index": 9, "policy_version": 3})
+    random.Random(0).shuffle(rows)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"group_id": "g1", "samp\n')
+    return path
+
+
+def contents(lake: Lake) -> dict[str, list[dict[str, Any]]]:
+    """Every row of the lake, but for times and the names of files."""
+    with lake.reader() as reader:
+        return {
+            table: sorted(reader.rows(f"select * exclude (created_at) from {table}"), key=repr)
+            for table in ("rollouts", "prompts", "quarantine")
+        }
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline.import_staging, "PART_BYTES", 4096)
+    monkeypatch.setattr(pipeline.import_batches, "BATCH_ITEMS", 500)
+
+
+def undisturbed(lake: Lake, tmp_path: Path, path: Path) -> dict[str, list[dict[str, Any]]]:
+    """What one import in one part leaves in a lake of its own."""
+    shutil.copytree(lake.folder, tmp_path / "undisturbed")
+    other = Lake.open(tmp_path / "undisturbed")
+    done = import_canonical(other, [path], TOKENIZER)
+    assert done == Ingested(written=GROUPS * GROUP_SIZE - 2, refused=5)
+    return contents(other)
+
+
+def test_parts_end_in_the_same_rows_as_one(lake: Lake, tmp_path: Path, small_parts: None) -> None:
+    path = dump(tmp_path / "dump.jsonl")
+    done = import_canonical(lake, [path], TOKENIZER)
+    assert done == Ingested(written=GROUPS * GROUP_SIZE - 2, refused=5)
+    with lake.reader() as reader:
+        assert reader.rows("select count(*) > 5 as many from snapshots")[0]["many"]
+        partly = "select group_size, count(*) as n from rollouts where group_id = 'g1' group by group_size"
+        # one of the four was refused; the cut line that names the group says nothing
+        assert reader.rows(partly) == [{"group_size": 4, "n": 3}]
+    pipeline.import_staging.PART_BYTES = 48 << 20
+    assert contents(lake) == undisturbed(Lake.create(tmp_path / "empty"), tmp_path, path)
+    assert list((lake.folder / "staging").iterdir()) == []
+
+
+@pytest.mark.parametrize("when", ["staging", "commits"])
+def test_a_killed_import_run_again_ends_in_the_rows_of_an_undisturbed_one(
+    lake: Lake, tmp_path: Path, when: str
+) -> None:
+    path = dump(tmp_path / "dump.jsonl")
+    expected = undisturbed(lake, tmp_path, path)
+    command = [sys.executable, str(HERE / "import_worker.py"), str(lake.folder), when, str(path)]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    left = contents(lake)
+    assert bool(left["rollouts"]) == (when == "commits")
+    assert len(left["rollouts"]) < len(expected["rollouts"])
+    assert list((lake.folder / "staging").glob("*/part-*"))
+    with lake.reader() as reader:  # groups are there whole or not at all
+        found = reader.rows("select group_id, count(*) as n from rollouts group by group_id")
+    whole = {row["group_id"]: row["n"] for row in found}
+    sizes = [row["group_id"] for row in expected["rollouts"]]
+    assert all(count == sizes.count(group) for group, count in whole.items())
+    import_canonical(lake, [path], TOKENIZER)
+    assert contents(lake) == expected
+    assert list((lake.folder / "staging").iterdir()) == []
+
+
+def test_a_running_import_keeps_its_staging_folder(lake: Lake) -> None:
+    with pipeline.import_staging.ImportStaging(lake.folder, 1) as first:
+        with pipeline.import_staging.ImportStaging(lake.folder, 1) as second:
+            assert first.folder.is_dir()
+        assert not second.folder.exists()
+        assert first.folder.is_dir()
+
+
+def test_a_file_damaged_in_its_middle_leaves_the_lake_as_it_was(lake: Lake, tmp_path: Path) -> None:
+    good, bad = dump(tmp_path / "dump.jsonl"), tmp_path / "damaged.parquet"
+    ids = list(range(100, 120))
+    row = {"completion_ids": ids, "completion_entropies": [0.5] * 20, "prompt_ids": [1], "reward": 1.0}
+    rows = [row | {"group_id": "big", "sample_index": index} for index in range(20_000)]
+    pq.write_table(pa.Table.from_pylist(rows), bad, row_group_size=5000, write_page_checksum=True)
+    content = bytearray(bad.read_bytes())
+    place = pq.ParquetFile(bad).metadata.row_group(3).column(0).data_page_offset + 60
+    content[place : place + 8] = bytes(8)
+    bad.write_bytes(content)
+    before = contents(lake)
+    with pytest.raises(FormatError, match=r"damaged\.parquet is no complete Parquet file"):
+        import_rollouts(lake, with_formats([good, bad]), TOKENIZER)
+    assert contents(lake) == before
+    assert list((lake.folder / "staging").iterdir()) == []
+
+
+def test_a_file_is_recognized_by_its_content_or_the_user_is_asked(tmp_path: Path) -> None:
+    verl = {"input": "1+1", "output": "2", "score": 1.0, "step": 3, "gts": None}
+    ours = {"group_id": "a", "completion_ids": [1]}
+    files = {
+        "verl": [verl],
+        "canonical": [ours],
+        "both": [verl | ours],
+        "none": [{"a": 1}],
+        "late": ["", ours],
+    }
+    for name, rows in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def kind(name: str, given: str | None = None) -> str:
+        ((_, found),) = with_formats([tmp_path / f"{name}.jsonl"], given)
+        return found.NAME
+
+    assert [kind("verl"), kind("canonical"), kind("late")] == ["verl", "canonical", "canonical"]
+    assert kind("both", "verl") == "verl"
+    with pytest.raises(FormatError, match=r"both\.jsonl may be canonical or verl\. Say which with --format"):
+        kind("both")
+    with pytest.raises(FormatError, match=r"none\.jsonl has the fields of no dump that is known.*--format"):
+        kind("none")
+    with pytest.raises(FormatError, match="There is no file"):
+        kind("missing")
+
+
+def test_rollouts_without_entropies_are_counted_by_run(lake: Lake, tmp_path: Path) -> None:
+    path = tmp_path / "dump.jsonl"
+    row = {"group_id": "a", "prompt": "1", "completion_ids": [50], "completion_entropies": None, "reward": 1}
+    rows = [row | {"sample_index": index} for index in range(2)] + [row | {"sample_index": 2, "run_id": "x"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = import_rollouts(lake, with_formats([path]), TOKENIZER)
+    assert len(done.run_ids) == 2
+    assert "x" in done.run_ids
+    assert num_unscored(lake, sorted(done.run_ids)) == 3
+    assert num_unscored(lake, ["x"]) == 1
+
+
+@pytest.mark.slow
+def test_600_mib_of_scattered_groups_are_imported_in_less_than_a_gibibyte(tmp_path: Path) -> None:
+    script, path, target = str(HERE / "big_dump.py"), str(tmp_path / "dump.jsonl"), tmp_path / "lake"
+
+    def done(*arguments: str) -> float:
+        command = [sys.executable, script, *arguments]
+        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    num_groups = done("write", path, "600")
+    assert Path(path).stat().st_size > 590 << 20
+    assert done("import", path, str(target)) < 1024
+    with Lake.open(target).reader() as reader:
+        groups = reader.rows("select group_size, count(*) as n from groups group by group_size")
+    assert groups == [{"group_size": 8, "n": num_groups}]
