@@ -11,7 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.formats.fields import is_count, items
+from pipeline.formats.fields import (
+    is_count,
+    items,
+)
 from pipeline.formats.json_lines import SUFFIXES, parsed_line
 from pipeline.formats.source_rows import SourceRow
 
@@ -76,12 +79,10 @@ def _branches(nodes: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     parents = {node.get("parent") for node in nodes if is_count(node.get("parent"))}
     branches = []
     for leaf in (number for number in range(len(nodes)) if number not in parents):
-        branch, number = [], leaf
-        while True:
-            branch.append(nodes[number])
-            parent = nodes[number].get("parent")
-            if not is_count(parent) or parent >= number:  # a parent stands before its child
-                break
-            number = parent
+        branch = [nodes[leaf]]
+        number, parent = leaf, nodes[leaf].get("parent")
+        while is_count(parent) and parent < number:  # a parent stands before its child
+            branch.append(nodes[parent])
+            number, parent = parent, nodes[parent].get("parent")
         branches.append(branch[::-1])
     return branches

@@ -10,7 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import FormatError
-from pipeline.formats.fields import is_count, said, text
+from pipeline.formats.fields import (
+    is_count,
+    said,
+    text,
+)
 from pipeline.formats.json_lines import first_object, json_lines, rollouts
 from pipeline.formats.source_rows import SourceRow
 
@@ -18,7 +22,9 @@ NAME = "areal"
 
 
 def recognizes(path: Path) -> bool:
-    return {"task_id", "sample_idx", "head_version", "tail_version", "completion"} <= first_object(path).keys()
+    return {"task_id", "sample_idx", "head_version", "tail_version", "completion"} <= first_object(
+        path
+    ).keys()
 
 
 def read(path: Path) -> Iterator[SourceRow]:

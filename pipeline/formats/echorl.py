@@ -8,7 +8,6 @@ samples of one step with the same prompt are one.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,11 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import FormatError
-from pipeline.formats.fields import said, token_ids
+from pipeline.formats.fields import (
+    said,
+    short,
+    token_ids,
+)
 from pipeline.formats.json_lines import json_file, rollouts
 from pipeline.formats.source_rows import SourceRow
 from pipeline.hashing import content_id, ids_array
@@ -72,7 +75,7 @@ def _values(row: Mapping[str, Any], folder: Path, pad_id: int | None) -> dict[st
     if not 0 < len(entropies) <= len(response):
         raise FormatError(f"{len(entropies)} entropies for {len(response)} response tokens")
     padding = response[len(entropies) :]
-    if padding.count(padding[0] if padding else None) != len(padding):
+    if len(set(padding)) > 1:
         raise FormatError(f"{len(entropies)} entropies end before the response does")
     whole = _is_whole_sequence(sample)
     if whole and pad_id is None:
@@ -135,11 +138,11 @@ def _entropies(sample: Mapping[str, Any], folder: Path) -> np.ndarray:
     try:
         path = (folder / name).resolve()
         if not path.is_relative_to(folder.resolve()):
-            raise FormatError(f"`entropy_tensor_file` {name!r:.80} leaves the dump's folder")
+            raise FormatError(f"`entropy_tensor_file` {short(name)} leaves the dump's folder")
         # mapped, so that a header cannot claim more memory than the file has bytes
         entropies = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise FormatError(f"`entropy_tensor_file` {name!r:.80} cannot be read: {error!s:.120}") from None
+        raise FormatError(f"`entropy_tensor_file` {short(name)} cannot be read: {error!s:.120}") from None
     if not isinstance(entropies, np.ndarray) or entropies.ndim != 1 or entropies.dtype.kind != "f":
-        raise FormatError(f"`entropy_tensor_file` {name!r:.80} holds no list of entropies")
+        raise FormatError(f"`entropy_tensor_file` {short(name)} holds no list of entropies")
     return entropies

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeGuard
 
 from pipeline.errors import FormatError
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 2  # what nests within itself many times over has no end
 
 
 def member(row: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -25,18 +29,25 @@ def items(row: Mapping[str, Any], name: str) -> list[Any]:
     if value is None:
         return []
     if not isinstance(value, list):
-        raise FormatError(f"`{name}` is {value!r:.40}, no list")
+        raise FormatError(f"`{name}` is {short(value)}, no list")
     return value
 
 
 def text(row: Mapping[str, Any], name: str) -> str:
     value = row.get(name)
     if not isinstance(value, str):
-        raise FormatError(f"`{name}` is {value!r:.40}, no text")
+        raise FormatError(f"`{name}` is {short(value)}, no text")
     return value
 
 
-def is_count(value: Any) -> bool:
+def number(row: Mapping[str, Any], name: str, default: float | None = None) -> float:
+    value = row.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise FormatError(f"`{name}` is {short(value)}, no number")
+    return float(value)
+
+
+def is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
 
@@ -104,7 +115,7 @@ def messages(values: Any, name: str) -> list[dict[str, str]]:
     for message in values:
         role = message.get("role") if isinstance(message, dict) else None
         if not isinstance(role, str):
-            raise FormatError(f"`{name}` holds {message!r:.40}, no message with a role")
+            raise FormatError(f"`{name}` holds {short(message)}, no message with a role")
         if message.get("tool_calls"):
             raise FormatError(f"`{name}` holds tool calls, which no plain message can show")
         plain.append({"role": role, "content": content_text(message.get("content"), name)})
@@ -153,6 +164,22 @@ def utc_time(seconds: Any) -> datetime | None:
         return datetime.fromtimestamp(seconds, UTC) if seconds > 0 else None
     except (ValueError, OverflowError, OSError):
         return None
+
+
+def short(value: Any) -> str:
+    """A value in a message: its start, however large or deep it is."""
+    return _SHORT.repr(value)[:40]
+
+
+def flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The plain values and lists of plain values: what quarantine keeps of an object that may nest anyhow."""
+    plain = str | int | float | None
+    return {
+        str(name): value
+        for name, value in values.items()
+        if isinstance(value, plain)
+        or (isinstance(value, list) and all(isinstance(one, plain) for one in value))
+    }
 
 
 def said(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import FormatError
-from pipeline.formats.fields import content_text, messages
+from pipeline.formats.fields import (
+    content_text,
+    messages,
+    short,
+)
 from pipeline.formats.prompt_files import columns, expert_rows
 from pipeline.formats.source_rows import SourceRow
 
@@ -39,7 +43,7 @@ def _values(row: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(target, list) or not isinstance(target[0], dict):
         raise FormatError("`target` is no list of messages")
     if target[0].get("role") not in (None, "assistant"):
-        raise FormatError(f"`target` is a message of {target[0]['role']!r:.40}, not of the assistant")
+        raise FormatError(f"`target` is a message of {short(target[0]['role'])}, not of the assistant")
     return {
         "messages": messages(row.get("prompt"), "prompt"),
         "completion": content_text(target[0].get("content"), "target"),

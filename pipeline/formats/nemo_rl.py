@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import FormatError
-from pipeline.formats.fields import is_count, mask, one_run, per_token, said, token_ids
+from pipeline.formats.fields import (
+    is_count,
+    mask,
+    one_run,
+    per_token,
+    said,
+    short,
+    token_ids,
+)
 from pipeline.formats.json_lines import first_object, json_lines, rollouts
 from pipeline.formats.source_rows import SourceRow
 from pipeline.hashing import content_id, ids_array
@@ -71,7 +79,7 @@ def _tokens(row: Mapping[str, Any]) -> tuple[list[int], int, int]:
     ids = token_ids(_only(row, "token_ids"), "token_ids")
     length = _only(row, "input_lengths")
     if not is_count(length) or length > len(ids):
-        raise FormatError(f"`input_lengths` is {length!r:.40} for {len(ids)} tokens")
+        raise FormatError(f"`input_lengths` is {short(length)} for {len(ids)} tokens")
     flags = mask(_only(row, "token_loss_mask"), "token_loss_mask", len(ids))
     start, end = one_run(flags[:length], "token_loss_mask")
     return ids[:start], start, end

@@ -12,7 +12,9 @@ from pathlib import Path
 
 from pipeline.errors import FormatError
 from pipeline.formats.annotations import annotated
-from pipeline.formats.fields import member
+from pipeline.formats.fields import (
+    member,
+)
 from pipeline.formats.json_lines import first_object, json_lines, rollouts
 from pipeline.formats.source_rows import SourceRow
 from pipeline.formats.traces import is_episode, trace_group, trace_values, traces

@@ -10,7 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import FormatError
-from pipeline.formats.fields import member, messages, said, truth
+from pipeline.formats.fields import (
+    member,
+    messages,
+    said,
+    truth,
+)
 from pipeline.formats.json_lines import rollouts
 from pipeline.formats.source_rows import SourceRow
 from pipeline.hashing import content_id

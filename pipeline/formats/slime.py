@@ -13,7 +13,18 @@ from typing import Any
 
 from pipeline.errors import FormatError
 from pipeline.errors import said as said_by
-from pipeline.formats.fields import is_count, mask, messages, one_run, per_token, said, token_ids, truth
+from pipeline.formats.fields import (
+    flat,
+    is_count,
+    mask,
+    messages,
+    one_run,
+    per_token,
+    said,
+    short,
+    token_ids,
+    truth,
+)
 from pipeline.formats.json_lines import rollouts
 from pipeline.formats.source_rows import SourceRow
 
@@ -51,10 +62,11 @@ def read(path: Path) -> Iterator[SourceRow]:
     rows = (
         SourceRow(f"{path.name}:{number}", sample)
         if isinstance(sample, dict)
-        else SourceRow(f"{path.name}:{number}", {"sample": repr(sample)[:200]}, "the sample is no dict")
+        else SourceRow(f"{path.name}:{number}", {"sample": short(sample)}, "the sample is no dict")
         for number, sample in enumerate(samples, start=1)
     )
-    yield from rollouts(rows, _group, _values)
+    for row in rollouts(rows, _group, _values):
+        yield row if row.problem is None else SourceRow(row.source, flat(row.values), row.problem)
 
 
 def _loaded(path: Path) -> Any:
@@ -85,11 +97,13 @@ def _values(row: Mapping[str, Any]) -> dict[str, Any]:
     ids = token_ids(_plain(row.get("tokens")), "tokens")
     length = row.get("response_length")
     if not is_count(length) or not 0 < length < len(ids):
-        raise FormatError(f"`response_length` is {length!r:.40} for {len(ids)} tokens")
+        raise FormatError(f"`response_length` is {short(length)} for {len(ids)} tokens")
     response = ids[len(ids) - length :]
     start, end = _sampled(_plain(row.get("loss_mask")), length)
     logprobs = per_token(_plain(row.get("rollout_log_probs")), "rollout_log_probs", length)
-    versions = [int(v) for v in row.get("weight_versions") or [] if isinstance(v, str | int) and _is_number(v)]
+    versions = [
+        int(v) for v in row.get("weight_versions") or [] if isinstance(v, str | int) and _is_number(v)
+    ]
     reward, parts = _reward(row)
     prompt = row.get("prompt")
     return said(
@@ -131,7 +145,9 @@ def _reward(row: Mapping[str, Any]) -> tuple[Any, dict[str, float] | None]:
     if trained is None:
         trained = parts.get("score")
     if trained is None:
-        raise FormatError(f"the reward has the parts {', '.join(sorted(parts))[:80]}, and none is called score")
+        raise FormatError(
+            f"the reward has the parts {', '.join(sorted(parts))[:80]}, and none is called score"
+        )
     return trained, parts
 
 

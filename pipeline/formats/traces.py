@@ -18,6 +18,7 @@ from pipeline.formats.fields import (
     mask,
     member,
     messages,
+    number,
     one_run,
     per_token,
     said,
@@ -62,7 +63,7 @@ def traces(lines: Iterator[SourceRow]) -> Iterator[SourceRow]:
 
 
 def trace_group(row: Mapping[str, Any]) -> str | None:
-    """The group that the trainer named, or else run and task; the agents of an episode each have their own."""
+    """The group that the trainer named, or else run and task; each agent of an episode has its own."""
     episode, trace = row["episode"], row["trace"]
     name = member(episode, "group").get("id")
     if not isinstance(name, str):
@@ -174,11 +175,8 @@ def _reward(rewards: Mapping[str, Any]) -> tuple[float | None, dict[str, float] 
     for name, reward in rewards.items():
         if reward is None:
             continue
-        score, weight = member(rewards, name).get("score"), member(rewards, name).get("weight", 1.0)
-        for value in (score, weight):
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise FormatError(f"the reward {name!r:.40} is {reward!r:.40}, without score or weight")
-        parts[name] = float(score) * float(weight)
+        score, weight = number(member(rewards, name), "score"), number(member(rewards, name), "weight", 1.0)
+        parts[name] = score * weight
     return (sum(parts.values()), parts) if parts else (None, None)
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import FormatError
-from pipeline.formats.fields import messages
+from pipeline.formats.fields import (
+    messages,
+)
 from pipeline.formats.prompt_files import columns, expert_rows
 from pipeline.formats.source_rows import SourceRow
 

@@ -91,8 +91,11 @@ def _tokens(row: Mapping[str, Any]) -> dict[str, Any]:
         return _text(row)
     ids = token_ids(tokens.get("completion_ids"), "completion_ids")
     if not ids:
-        raise FormatError("nothing was sampled: the prompt left no room" if tokens.get("overlong_prompt") else
-                          "nothing was sampled: completion_ids is empty")
+        raise FormatError(
+            "nothing was sampled: the prompt left no room"
+            if tokens.get("overlong_prompt")
+            else "nothing was sampled: completion_ids is empty"
+        )
     start, end = one_run(mask(tokens.get("completion_mask"), "completion_mask", len(ids)), "completion_mask")
     if start:
         raise FormatError("several sampled turns: the completion starts with tokens that were not sampled")
