@@ -88,7 +88,7 @@ def _values(row: Mapping[str, Any], folder: Path, pad_id: int | None) -> dict[st
             # the release's scripts sample and train at temperature 1
             "entropy_kind": "full_vocab",
             "reward": sample.get("reward"),
-            "policy_version": sample.get("step"),
+            "policy_version": None if golden else sample.get("step"),
             "origin": "expert" if golden else "policy",
             # responses are padded to the limit: one without padding ran into it
             "finish_reason": "length" if whole and not padding else "stop",

@@ -122,6 +122,14 @@ def messages(values: Any, name: str) -> list[dict[str, str]]:
     return plain
 
 
+def known_messages(values: Any, name: str) -> list[dict[str, str]] | None:
+    """The messages beside a prompt that is known by its tokens; None if plain text cannot show them."""
+    try:
+        return messages(values, name)
+    except FormatError:
+        return None
+
+
 def content_text(content: Any, name: str) -> str:
     """A message's content as text; its parts, if it has parts, joined.
 

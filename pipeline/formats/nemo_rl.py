@@ -17,7 +17,6 @@ from pipeline.formats.fields import (
     is_count,
     mask,
     one_run,
-    per_token,
     said,
     short,
     token_ids,
@@ -45,8 +44,9 @@ def read(path: Path) -> Iterator[SourceRow]:
     step = int(found.group(1)) if found else None
 
     def group(row: Mapping[str, Any]) -> str:
-        prompt_ids, _, _ = _tokens(row)
-        return f"step {path.stem if step is None else step}/{content_id(ids_array(prompt_ids))[:16]}"
+        ids, flags = _tokens(row)
+        prompt_ids = ids_array(ids[: flags.index(True)] if True in flags else ids)
+        return f"step {path.stem if step is None else step}/{content_id(prompt_ids)[:16]}"
 
     def values(row: Mapping[str, Any]) -> dict[str, Any]:
         return _values(row) | said({"policy_version": step})
@@ -55,16 +55,16 @@ def read(path: Path) -> Iterator[SourceRow]:
 
 
 def _values(row: Mapping[str, Any]) -> dict[str, Any]:
-    prompt_ids, start, end = _tokens(row)
-    ids = token_ids(_only(row, "token_ids"), "token_ids")
-    logprobs = per_token(_only(row, "generation_logprobs"), "generation_logprobs", len(ids))
+    ids, flags = _tokens(row)
+    start, end = one_run(flags, "token_loss_mask")
+    logprobs = _only(row, "generation_logprobs")
     # With dynamic sampling `rewards` are those of the batch before groups were filtered: of other samples.
     reward = _only(row, "filtered_rewards" if "filtered_rewards" in row else "rewards")
     return said(
         {
-            "prompt_ids": prompt_ids,
+            "prompt_ids": ids[:start],
             "completion_ids": ids[start:end],
-            "completion_logprobs": logprobs[start:end] if logprobs else None,
+            "completion_logprobs": logprobs[start:end] if isinstance(logprobs, list) else None,
             "reward": reward,
             # Left out of the loss: cut off, or its prompt was too long. No clip may come of it.
             "finish_reason": "length" if _only(row, "sample_loss_mask") == 0 else None,
@@ -72,8 +72,8 @@ def _values(row: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-def _tokens(row: Mapping[str, Any]) -> tuple[list[int], int, int]:
-    """The prompt's ids, and where the completion starts and ends."""
+def _tokens(row: Mapping[str, Any]) -> tuple[list[int], list[bool]]:
+    """The sample's ids without padding, and for each whether it was sampled."""
     if "token_ids" not in row:
         raise FormatError("the row has no `token_ids`: this version of NeMo-RL did not write them")
     ids = token_ids(_only(row, "token_ids"), "token_ids")
@@ -81,8 +81,7 @@ def _tokens(row: Mapping[str, Any]) -> tuple[list[int], int, int]:
     if not is_count(length) or length > len(ids):
         raise FormatError(f"`input_lengths` is {short(length)} for {len(ids)} tokens")
     flags = mask(_only(row, "token_loss_mask"), "token_loss_mask", len(ids))
-    start, end = one_run(flags[:length], "token_loss_mask")
-    return ids[:start], start, end
+    return ids[:length], flags[:length]
 
 
 def _only(row: Mapping[str, Any], name: str) -> Any:

@@ -16,8 +16,8 @@ from pipeline.errors import said as said_by
 from pipeline.formats.fields import (
     flat,
     is_count,
+    known_messages,
     mask,
-    messages,
     one_run,
     per_token,
     said,
@@ -109,7 +109,8 @@ def _values(row: Mapping[str, Any]) -> dict[str, Any]:
     return said(
         {
             "prompt_ids": ids[: len(ids) - length],
-            "messages": messages(prompt, "prompt") if isinstance(prompt, list) else None,
+            "messages": known_messages(prompt, "prompt"),
+            "prompt_text": prompt if isinstance(prompt, str) and prompt else None,
             "completion_ids": response[start:end],
             "completion_logprobs": logprobs[start:end] if logprobs else None,
             "reward": reward,

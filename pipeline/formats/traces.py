@@ -15,6 +15,7 @@ from pipeline.errors import FormatError
 from pipeline.formats.fields import (
     is_count,
     items,
+    known_messages,
     mask,
     member,
     messages,
@@ -160,6 +161,7 @@ def _tokens_or_text(path: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     start, end = one_run(mask(last.get("mask"), "mask", len(ids)), "mask")
     entropies = per_token(last.get("entropies"), "entropies", end - start)
     return {
+        "messages": known_messages([node.get("message") for node in path[:-1]], "nodes"),
         "prompt_ids": prompt_ids + ids[:start],
         "completion_ids": ids[start:end],
         "completion_logprobs": per_token(last.get("logprobs"), "logprobs", end - start),
@@ -169,15 +171,17 @@ def _tokens_or_text(path: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _reward(rewards: Mapping[str, Any]) -> tuple[float | None, dict[str, float] | None]:
-    """Σ score × weight and its summands; None if nothing was scored, which is not a reward of 0."""
+def _reward(rewards: Mapping[str, Any]) -> tuple[float, dict[str, float]]:
+    """Σ score × weight and its summands. That nothing was scored is not a reward of 0."""
     parts = {}
     for name, reward in rewards.items():
         if reward is None:
             continue
         score, weight = number(member(rewards, name), "score"), number(member(rewards, name), "weight", 1.0)
         parts[name] = score * weight
-    return (sum(parts.values()), parts) if parts else (None, None)
+    if not parts:
+        raise FormatError("it has no rewards: scoring did not run")
+    return sum(parts.values()), parts
 
 
 def _sampling(sampling: Mapping[str, Any]) -> dict[str, Any]:

@@ -141,10 +141,11 @@ def _values(row: Mapping[str, Any]) -> dict[str, Any]:
         else one_run(mask(flags, "action_mask", len(completion)), "action_mask")
     )
     logprobs = per_token(experience.get("logprobs"), "logprobs", len(completion))
-    version = row.get("model_version")
+    version, prompt = row.get("model_version"), row.get("prompt") or experience.get("prompt_text")
     return said(
         {
             "prompt_ids": ids[: start + first],
+            "prompt_text": prompt if isinstance(prompt, str) else None,
             "completion_ids": completion[first:end],
             "completion_logprobs": logprobs[first:end] if logprobs else None,
             "reward": row["reward"] if row["reward"] is not None else experience.get("reward"),

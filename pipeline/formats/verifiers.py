@@ -12,6 +12,7 @@ from typing import Any
 from pipeline.errors import FormatError
 from pipeline.formats.fields import (
     items,
+    known_messages,
     mask,
     member,
     messages,
@@ -101,6 +102,7 @@ def _tokens(row: Mapping[str, Any]) -> dict[str, Any]:
         raise FormatError("several sampled turns: the completion starts with tokens that were not sampled")
     logprobs = per_token(tokens.get("completion_logprobs"), "completion_logprobs", len(ids))
     return {
+        "messages": known_messages(row.get("prompt"), "prompt"),
         "prompt_ids": token_ids(tokens.get("prompt_ids"), "prompt_ids"),
         "completion_ids": ids[:end],
         "completion_logprobs": None if logprobs is None else logprobs[:end],
