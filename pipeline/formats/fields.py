@@ -44,7 +44,19 @@ def number(row: Mapping[str, Any], name: str, default: float | None = None) -> f
     value = row.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise FormatError(f"`{name}` is {short(value)}, no number")
-    return float(value)
+    return _as_float(value, name)
+
+
+def numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    """The members that are numbers; flags count as 0 and 1."""
+    return {name: _as_float(value, name) for name, value in row.items() if isinstance(value, int | float)}
+
+
+def _as_float(value: float, name: str) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # an integer beyond every float
+        raise FormatError(f"`{name}` is {short(value)}, too large a number") from None
 
 
 def is_count(value: Any) -> TypeGuard[int]:

@@ -16,8 +16,10 @@ from pipeline.errors import said as said_by
 from pipeline.formats.fields import (
     flat,
     is_count,
+    items,
     known_messages,
     mask,
+    numbers,
     one_run,
     per_token,
     said,
@@ -101,9 +103,7 @@ def _values(row: Mapping[str, Any]) -> dict[str, Any]:
     response = ids[len(ids) - length :]
     start, end = _sampled(_plain(row.get("loss_mask")), length)
     logprobs = per_token(_plain(row.get("rollout_log_probs")), "rollout_log_probs", length)
-    versions = [
-        int(v) for v in row.get("weight_versions") or [] if isinstance(v, str | int) and _is_number(v)
-    ]
+    versions = [int(version) for version in items(row, "weight_versions") if _is_number(version)]
     reward, parts = _reward(row)
     prompt = row.get("prompt")
     return said(
@@ -138,7 +138,7 @@ def _reward(row: Mapping[str, Any]) -> tuple[Any, dict[str, float] | None]:
     reward = row.get("reward")
     if not isinstance(reward, dict):
         return reward, None
-    parts = {str(name): float(part) for name, part in reward.items() if isinstance(part, int | float)}
+    parts = numbers(reward)
     raw = row.get("metadata")
     trained = raw.get("raw_reward") if isinstance(raw, dict) else None
     if trained is None and len(parts) == 1:
@@ -157,5 +157,6 @@ def _plain(values: Any) -> Any:
     return values.tolist() if hasattr(values, "tolist") else values
 
 
-def _is_number(version: str | int) -> bool:
-    return str(version).isdecimal()
+def _is_number(version: Any) -> bool:
+    """Whether an engine named its weights by the step they come from; some say `default`."""
+    return is_count(version) or (isinstance(version, str) and version.isdecimal() and len(version) < 10)

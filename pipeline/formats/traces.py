@@ -75,7 +75,7 @@ def trace_group(row: Mapping[str, Any]) -> str | None:
             return None
         name = "/".join(filter(None, (_name(member(episode, "run")), _name(member(episode, "env")), key)))
     agent = member(trace, "agent").get("name", "agent")
-    return name if agent == "agent" else f"{name}/{agent}"
+    return f"{name}/{agent}" if isinstance(agent, str) and agent != "agent" else name
 
 
 def trace_values(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pipeline.formats.fields import (
     mask,
     member,
     messages,
+    numbers,
     one_run,
     per_token,
     said,
@@ -73,7 +74,7 @@ def _values(row: Mapping[str, Any]) -> dict[str, Any]:
         (_tokens(row) if row.get("trajectory") else _text(row))
         | {
             "reward": row.get("reward"),
-            "reward_parts": _parts(member(row, "metrics")),
+            "reward_parts": numbers(member(row, "metrics")) or None,
             "finish_reason": "length" if row.get("is_truncated") else "stop",
             "ground_truth": truth(row.get("answer")),
             "data_source": task if isinstance(task, str) and task else None,
@@ -120,8 +121,3 @@ def _text(row: Mapping[str, Any]) -> dict[str, Any]:
     if len(turns) != 1 or not isinstance(turns[0], dict) or turns[0].get("role") != "assistant":
         raise FormatError(f"several sampled turns: its completion has {len(turns)} messages")
     return asked | {"completion": sampled_text(turns[0])}
-
-
-def _parts(metrics: Mapping[str, Any]) -> dict[str, float] | None:
-    numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
-    return numbers or None

@@ -102,7 +102,8 @@ def blob(one: Experience) -> bytes:
 OLD_TRINITY = (
     "create table experience (id integer primary key, prompt text, response text, message_list json, "
     "reward float, model_version integer, experience_bytes blob, consumed integer)",
-    "insert into experience (prompt, response, reward, model_version, experience_bytes) values (?, ?, ?, ?, ?)",
+    "insert into experience (prompt, response, reward, model_version, experience_bytes) "
+    "values (?, ?, ?, ?, ?)",
 )
 NEW_TRINITY = (
     "create table gsm8k_buffer (id integer primary key, timestamp datetime, task_id varchar(64), "
