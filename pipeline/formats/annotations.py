@@ -11,10 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.formats.fields import (
-    is_count,
-    items,
-)
+from pipeline.formats.fields import is_count
 from pipeline.formats.json_lines import SUFFIXES, parsed_line
 from pipeline.formats.source_rows import SourceRow
 
@@ -60,18 +57,22 @@ def _fold(trace: Mapping[str, Any], update: Mapping[str, Any]) -> None:
     if not isinstance(nodes, list) or not all(isinstance(node, dict) for node in nodes):
         return  # refused for itself, when the trace is read
     branches = _branches(nodes)
-    for branch in items(update, "branches"):
+    for branch in _listed(update.get("branches")):
         index = branch.get("index") if isinstance(branch, dict) else None
         values = branch.get("entropies") if isinstance(branch, dict) else None
         if not is_count(index) or index >= len(branches) or not isinstance(values, list):
             continue
         start = 0
         for node in branches[index]:
-            flags = items(node, "mask")
+            flags = _listed(node.get("mask"))
             sampled = [v for v, flag in zip(values[start : start + len(flags)], flags, strict=False) if flag]
             start += len(flags)
             if sampled and start <= len(values) and None not in sampled:
                 node["entropies"] = sampled
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _branches(nodes: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:

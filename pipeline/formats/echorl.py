@@ -17,7 +17,6 @@ import numpy as np
 from pipeline.errors import FormatError
 from pipeline.formats.fields import (
     said,
-    short,
     token_ids,
 )
 from pipeline.formats.json_lines import json_file, rollouts
@@ -138,11 +137,11 @@ def _entropies(sample: Mapping[str, Any], folder: Path) -> np.ndarray:
     try:
         path = (folder / name).resolve()
         if not path.is_relative_to(folder.resolve()):
-            raise FormatError(f"`entropy_tensor_file` {short(name)} leaves the dump's folder")
+            raise FormatError(f"`entropy_tensor_file` {name!r:.120} leaves the dump's folder")
         # mapped, so that a header cannot claim more memory than the file has bytes
         entropies = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise FormatError(f"`entropy_tensor_file` {short(name)} cannot be read: {error!s:.120}") from None
+        raise FormatError(f"`entropy_tensor_file` {name!r:.120} cannot be read: {error!s:.120}") from None
     if not isinstance(entropies, np.ndarray) or entropies.ndim != 1 or entropies.dtype.kind != "f":
-        raise FormatError(f"`entropy_tensor_file` {short(name)} holds no list of entropies")
+        raise FormatError(f"`entropy_tensor_file` {name!r:.120} holds no list of entropies")
     return entropies

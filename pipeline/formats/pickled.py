@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import FormatError, said
+from pipeline.formats.fields import is_count
 
 _NUMPY_KINDS = "fiub"  # floats, whole numbers, flags
 _VALUES = {
@@ -163,12 +164,16 @@ def _storage(data: Any) -> Any:
 def _tensor(
     storage: Any, offset: Any, size: Any, stride: Any, _requires_grad: Any = None, *_more: Any
 ) -> list[Any]:
-    """A tensor of one dimension, as a list. A stride of 0 could fill any memory, so that only 1 is read."""
+    """A tensor of one dimension, as a list. torch itself would let the storage grow to any length."""
     import torch
 
     if not isinstance(storage, torch.storage.TypedStorage) or len(size) != 1 or stride != (1,):
         raise FormatError("its pickle holds a tensor that is no list of numbers")
-    values = torch.empty(0, dtype=storage.dtype).set_(storage, offset, size, stride)
+    if not is_count(offset) or not is_count(size[0]):
+        raise FormatError("its pickle holds a tensor without a length")
+    values = torch.empty(0, dtype=storage.dtype).set_(storage)[offset : offset + size[0]]
+    if len(values) != size[0]:
+        raise FormatError("its pickle holds a tensor that is longer than its storage")
     return list(values.tolist())
 
 

@@ -27,7 +27,9 @@ def changed(folder: Path, category: str = "correct_rollouts", **changes: Any) ->
     dump = json.loads((folder / "samples.json").read_text())
     dump[category][0] |= changes
     (folder / "samples.json").write_text(json.dumps(dump))
-    return next(row for row in read("echorl", folder / "samples.json") if row.source.endswith(f"{category}[0]"))
+    return next(
+        row for row in read("echorl", folder / "samples.json") if row.source.endswith(f"{category}[0]")
+    )
 
 
 def test_prompt_and_response_are_freed_of_padding_and_of_each_other() -> None:
@@ -89,7 +91,9 @@ def test_without_any_padded_response_the_padding_of_prompts_is_unknown(folder: P
     assert row.problem == "no response of the file is padded, so the padding of the prompts is unknown"
 
 
-@pytest.mark.parametrize("name", ["../../../etc/passwd", "/etc/passwd", "../outside.npy", "a/../../outside.npy"])
+@pytest.mark.parametrize(
+    "name", ["../../../etc/passwd", "/etc/passwd", "../outside.npy", "a/../../outside.npy"]
+)
 def test_a_tensor_outside_the_dump_is_not_opened(folder: Path, name: str) -> None:
     np.save(folder.parent / "outside.npy", np.ones(2, dtype=np.float32))
     row = changed(folder, entropy_tensor_file=name)
@@ -156,7 +160,9 @@ def test_no_member_of_a_sample_can_stop_an_import(folder: Path) -> None:
     assert rows[len(broken)].problem is None
 
 
-@pytest.mark.parametrize("content", ["", "[1]", "{", '{"correct_rollouts": 5}', '{"a":' * 100_000, '"\\ud83d"'])
+@pytest.mark.parametrize(
+    "content", ["", "[1]", "{", '{"correct_rollouts": 5}', '{"a":' * 100_000, '"\\ud83d"']
+)
 def test_a_file_that_is_no_such_dump_is_an_error(tmp_path: Path, content: str) -> None:
     (tmp_path / "samples.json").write_text(content)
     with pytest.raises(FormatError, match=r"samples\.json"):

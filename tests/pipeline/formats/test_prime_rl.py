@@ -141,7 +141,7 @@ def test_annotations_are_found_beside_a_folder_of_chunks(tmp_path: Path) -> None
         {"branches": [{"index": None, "entropies": 1}]},
         {"branches": 5, "entropies": 1},
         {"trace_id": None, "entropies": 1},
-        "not JSON, with \"entropies\" in it\n",
+        'not JSON, with "entropies" in it\n',
     ],
 )
 def test_annotations_that_do_not_fit_change_nothing(tmp_path: Path, update: Any) -> None:

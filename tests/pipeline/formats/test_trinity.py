@@ -160,7 +160,7 @@ def test_a_tensor_that_would_fill_the_memory_is_refused() -> None:
     with pytest.raises(FormatError, match="no list of numbers"):
         read_pickle(pickle.dumps(expanded), NONE)
     beyond = pickle.dumps(torch.ones(3)).replace(b"K\x03\x85", b"J" + struct.pack("<i", 2**31 - 1) + b"\x85")
-    with pytest.raises(FormatError):
+    with pytest.raises(FormatError, match="longer than its storage"):
         read_pickle(beyond, NONE)
 
 
@@ -204,7 +204,10 @@ def test_blobs_that_are_no_bytes_are_refused_alone(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_no_database_or_another_one_is_an_error_in_one_line(tmp_path: Path) -> None:
-    for name, content in (("no.db", b"not a database, but long enough to look like one" * 100), ("e.db", b"")):
+    for name, content in (
+        ("no.db", b"not a database, but long enough to look like one" * 100),
+        ("e.db", b""),
+    ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(FormatError, match=name):
             read("trinity", tmp_path / name)
