@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import pickletools
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -158,7 +159,9 @@ def _build(made: Any, state: Any) -> None:
 def _storage(data: Any) -> Any:
     import torch
 
-    return torch.load(io.BytesIO(_plain(data, bytes)), map_location="cpu", weights_only=True)
+    if zipfile.is_zipfile(io.BytesIO(_plain(data, bytes))):
+        raise FormatError("its pickle holds an archive, whose content could fill the memory")
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
 def _tensor(

@@ -46,7 +46,7 @@ def recognizes(path: Path) -> bool:
                 return False
             with archive.open(pickles[0]) as pickle:
                 head = pickle.read(_HEAD_BYTES)
-    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError):
+    except Exception:  # a damaged archive can fail anywhere, and is not recognized
         return False
     return all(mark in head for mark in _MARKS)
 
@@ -72,15 +72,21 @@ def read(path: Path) -> Iterator[SourceRow]:
 
 
 def _loaded(path: Path) -> Any:
-    import pickle
-
     import torch
 
     if not path.is_file():
         raise FormatError(f"There is no file {path}. Check the path.")
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                    raise FormatError(
+                        f"{path} is compressed, which torch.save does not do. It is not opened."
+                    )
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+    except FormatError:
+        raise
+    except Exception as error:  # damaged and hostile files fail in many ways, and all of them mean the same
         first = said_by(error).split(". ")[0]
         raise FormatError(
             f"{path} is no whole .pt file of tensors and plain values, and others are not opened: {first}."

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +103,25 @@ def test_a_bomb_in_the_file_is_refused_and_does_not_go_off(tmp_path: Path, zippe
     assert not made.exists()
     torch.load(tmp_path / "bomb.pt", weights_only=False)
     assert made.exists(), "the bomb was a dud, and the test proves nothing"
+
+
+def test_a_compressed_file_which_could_hold_any_size_is_not_opened(tmp_path: Path) -> None:
+    path = tmp_path / "small.pt"
+    with zipfile.ZipFile(DUMPS / FILE) as whole, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as small:
+        for entry in whole.infolist():
+            small.writestr(entry.filename, whole.read(entry))
+    with pytest.raises(FormatError, match=r"small\.pt is compressed"):
+        read("slime", path)
+
+
+def test_damaged_archives_are_never_more_than_unknown(tmp_path: Path) -> None:
+    whole = (DUMPS / FILE).read_bytes()
+    path = tmp_path / "damaged.pt"
+    for place in range(0, len(whole), 97):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+        assert FORMATS["slime"].recognizes(path) in (True, False)
+        with suppress(FormatError):
+            read("slime", path)
 
 
 def test_a_file_that_is_cut_off_or_holds_something_else_is_an_error(tmp_path: Path) -> None:

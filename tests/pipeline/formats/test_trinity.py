@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import shutil
@@ -160,6 +161,18 @@ def test_a_tensor_that_would_fill_the_memory_is_refused() -> None:
     beyond = pickle.dumps(torch.ones(3)).replace(b"K\x03\x85", b"J" + struct.pack("<i", 2**31 - 1) + b"\x85")
     with pytest.raises(FormatError, match="longer than its storage"):
         read_pickle(beyond, NONE)
+
+
+def test_an_archive_in_place_of_a_storage_is_not_opened() -> None:
+    archive = io.BytesIO()
+    torch.save(torch.ones(3), archive)
+
+    class Storage:
+        def __reduce__(self) -> Any:
+            return torch.storage._load_from_bytes, (archive.getvalue(),)
+
+    with pytest.raises(FormatError, match="holds an archive"):
+        read_pickle(pickle.dumps(Storage()), NONE)
 
 
 def test_values_that_share_themselves_endlessly_are_refused_in_a_line(tmp_path: Path) -> None:
