@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.formats.fields import is_count
-from pipeline.formats.json_lines import SUFFIXES, parsed_line
+from pipeline.formats.json_rows import SUFFIXES, parsed_line
 from pipeline.formats.source_rows import SourceRow
 
 _FOLDER = "annotations"

@@ -15,7 +15,7 @@ from pipeline.formats.fields import (
     said,
     text,
 )
-from pipeline.formats.json_lines import first_object, json_lines, rollouts
+from pipeline.formats.json_rows import first_line_id, first_object, json_lines, rollouts
 from pipeline.formats.source_rows import SourceRow
 
 NAME = "areal"
@@ -33,14 +33,15 @@ def read(path: Path) -> Iterator[SourceRow]:
     Raises:
         FormatError: the file cannot be read.
     """
-    yield from rollouts(json_lines(path), _group, _values)
+    file = first_line_id(path)
 
+    def group(row: Mapping[str, Any]) -> str | None:
+        task = row.get("task_id")
+        if isinstance(task, bool) or not isinstance(task, int | str):
+            return None
+        return f"areal/{file}/{task}"
 
-def _group(row: Mapping[str, Any]) -> str | None:
-    task = row.get("task_id")
-    if isinstance(task, bool) or not isinstance(task, int | str):
-        return None
-    return str(task)
+    yield from rollouts(json_lines(path), group, _values)
 
 
 def _values(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,11 +17,12 @@ import numpy as np
 from pipeline.errors import FormatError
 from pipeline.formats.fields import (
     said,
+    short,
     token_ids,
 )
-from pipeline.formats.json_lines import json_file, rollouts
+from pipeline.formats.json_rows import json_file, rollouts
 from pipeline.formats.source_rows import SourceRow
-from pipeline.hashing import content_id, ids_array
+from pipeline.hashing import content_id, file_sha256, ids_array
 
 NAME = "echorl"
 _CATEGORIES = ("correct_rollouts", "wrong_rollouts", "golden_trajectories")
@@ -55,11 +56,12 @@ def read(path: Path) -> Iterator[SourceRow]:
         for number, sample in enumerate(dump.get(name, []))
     ]
     pad_id = _pad_id(dump, path.parent)
+    file = file_sha256(path)[:16]
 
     def group(row: Mapping[str, Any]) -> str:
         sample = _sample(row)
         prompt_ids = _prompt_ids(sample, pad_id)
-        return f"step {sample.get('step')!s:.20}/{content_id(ids_array(prompt_ids))[:16]}"
+        return f"echorl/{file}/{content_id(short(sample.get('step')), ids_array(prompt_ids))[:16]}"
 
     def values(row: Mapping[str, Any]) -> dict[str, Any]:
         return _values(row, path.parent, pad_id)

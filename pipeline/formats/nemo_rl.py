@@ -21,7 +21,7 @@ from pipeline.formats.fields import (
     short,
     token_ids,
 )
-from pipeline.formats.json_lines import first_object, json_lines, rollouts
+from pipeline.formats.json_rows import first_line_id, first_object, json_lines, rollouts
 from pipeline.formats.source_rows import SourceRow
 from pipeline.hashing import content_id, ids_array
 
@@ -42,11 +42,12 @@ def read(path: Path) -> Iterator[SourceRow]:
     """
     found = _STEP.search(path.name)
     step = int(found.group(1)) if found else None
+    file = first_line_id(path)
 
     def group(row: Mapping[str, Any]) -> str:
         ids, flags = _tokens(row)
         prompt_ids = ids_array(ids[: flags.index(True)] if True in flags else ids)
-        return f"step {path.stem if step is None else step}/{content_id(prompt_ids)[:16]}"
+        return f"nemo-rl/{file}/{content_id(prompt_ids)[:16]}"
 
     def values(row: Mapping[str, Any]) -> dict[str, Any]:
         return _values(row) | said({"policy_version": step})

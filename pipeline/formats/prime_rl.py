@@ -8,6 +8,7 @@ learned later (entropies, advantages) stands beside a stream, in `annotations/`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from pipeline.errors import FormatError
@@ -15,7 +16,7 @@ from pipeline.formats.annotations import annotated
 from pipeline.formats.fields import (
     member,
 )
-from pipeline.formats.json_lines import first_object, json_lines, rollouts
+from pipeline.formats.json_rows import first_line_id, first_object, json_lines, rollouts
 from pipeline.formats.source_rows import SourceRow
 from pipeline.formats.traces import is_episode, trace_group, trace_values, traces
 
@@ -42,4 +43,5 @@ def read(path: Path) -> Iterator[SourceRow]:
     for name, why in _NO_ROLLOUTS.items():
         if name in first and not is_episode(first):
             raise FormatError(f"{path}: {why}. Give traces.jsonl or traces/stream.jsonl.")
-    yield from rollouts(annotated(path, traces(json_lines(path))), trace_group, trace_values)
+    group = partial(trace_group, f"prime-rl/{first_line_id(path)}")
+    yield from rollouts(annotated(path, traces(json_lines(path))), group, trace_values)

@@ -16,7 +16,7 @@ from pipeline.formats.fields import (
     said,
     truth,
 )
-from pipeline.formats.json_lines import rollouts
+from pipeline.formats.json_rows import rollouts
 from pipeline.formats.source_rows import SourceRow
 from pipeline.hashing import content_id
 

@@ -27,8 +27,9 @@ from pipeline.formats.fields import (
     token_ids,
     truth,
 )
-from pipeline.formats.json_lines import rollouts
+from pipeline.formats.json_rows import rollouts
 from pipeline.formats.source_rows import SourceRow
+from pipeline.hashing import file_sha256
 
 NAME = "slime"
 _MARKS = (b"samples", b"response_length", b"group_index")
@@ -67,7 +68,13 @@ def read(path: Path) -> Iterator[SourceRow]:
         else SourceRow(f"{path.name}:{number}", {"sample": short(sample)}, "the sample is no dict")
         for number, sample in enumerate(samples, start=1)
     )
-    for row in rollouts(rows, _group, _values):
+    file = file_sha256(path)[:16]
+
+    def group(row: Mapping[str, Any]) -> str | None:
+        index = row.get("group_index")
+        return f"slime/{file}/{index}" if is_count(index) else None
+
+    for row in rollouts(rows, group, _values):
         yield row if row.problem is None else SourceRow(row.source, flat(row.values), row.problem)
 
 
@@ -91,11 +98,6 @@ def _loaded(path: Path) -> Any:
         raise FormatError(
             f"{path} is no whole .pt file of tensors and plain values, and others are not opened: {first}."
         ) from None
-
-
-def _group(row: Mapping[str, Any]) -> str | None:
-    group = row.get("group_index")
-    return str(group) if is_count(group) else None
 
 
 def _values(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -63,19 +63,27 @@ def traces(lines: Iterator[SourceRow]) -> Iterator[SourceRow]:
                 yield SourceRow(source, {"episode": episode, "trace": trace}, problem)
 
 
-def trace_group(row: Mapping[str, Any]) -> str | None:
-    """The group that the trainer named, or else run and task; each agent of an episode has its own."""
+def trace_group(file: str, row: Mapping[str, Any]) -> str | None:
+    """The group that the trainer named, or else the task, within its run; each agent has its own.
+
+    Args:
+        file: stands for the run where none is named.
+    """
     episode, trace = row["episode"], row["trace"]
-    name = member(episode, "group").get("id")
-    if not isinstance(name, str):
-        task = member(trace, "task") or member(episode, "task")
-        index = member(task, "data").get("idx")
-        key = task.get("key") or task.get("hash") or (str(index) if is_count(index) else None)
-        if not isinstance(key, str):
-            return None
-        name = "/".join(filter(None, (_name(member(episode, "run")), _name(member(episode, "env")), key)))
-    agent = member(trace, "agent").get("name", "agent")
-    return f"{name}/{agent}" if isinstance(agent, str) and agent != "agent" else name
+    run = _name(member(episode, "run")) or file
+    agent = member(trace, "agent").get("name")
+    named = member(episode, "group").get("id") or _task(trace) or _task(episode)
+    if not isinstance(named, str):
+        return None
+    env = _name(member(episode, "env"))
+    return "/".join(name for name in (run, env, named, agent) if isinstance(name, str) and name != "agent")
+
+
+def _task(row: Mapping[str, Any]) -> str | None:
+    task = member(row, "task")
+    index = member(task, "data").get("idx")
+    named = task.get("key") or task.get("hash") or (str(index) if is_count(index) else None)
+    return named if isinstance(named, str) else None
 
 
 def trace_values(row: Mapping[str, Any]) -> dict[str, Any]:

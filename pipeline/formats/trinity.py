@@ -9,6 +9,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from pipeline.formats.fields import (
     short,
     token_ids,
 )
-from pipeline.formats.json_lines import rollouts
+from pipeline.formats.json_rows import rollouts
 from pipeline.formats.pickled import read_pickle
 from pipeline.formats.source_rows import SourceRow
+from pipeline.hashing import content_id
 
 NAME = "trinity"
 _CLASSES = frozenset({"trinity.common.experience.Experience", "trinity.common.experience.EID"})
@@ -58,7 +60,9 @@ def read(path: Path) -> Iterator[SourceRow]:
         raise FormatError(f"There is no file {path}. Check the path.")
     try:
         with closing(_connection(path)) as connection:
-            for row in rollouts(_rows(connection, path), _group, _values):
+            query = _query(connection, path)
+            group = partial(_group, _first_blob_id(connection, query))
+            for row in rollouts(_rows(connection, query, path.name), group, _values):
                 yield row if row.problem is None else SourceRow(row.source, flat(row.values), row.problem)
     except sqlite3.Error as error:
         raise FormatError(f"{path} is no whole SQLite database: {said_by(error)}. Copy it again.") from None
@@ -72,10 +76,17 @@ def _connection(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def _rows(connection: sqlite3.Connection, path: Path) -> Iterator[SourceRow]:
-    for number, row in enumerate(connection.execute(_query(connection, path)), start=1):
+def _first_blob_id(connection: sqlite3.Connection, query: str) -> str:
+    """A name for the buffer that stays while it grows: the same tasks occur in every training."""
+    first = connection.execute(f"{query} limit 1").fetchone()
+    blob = first[_BLOB] if first else None
+    return content_id(blob if isinstance(blob, bytes) else b"")[:16]
+
+
+def _rows(connection: sqlite3.Connection, query: str, file: str) -> Iterator[SourceRow]:
+    for number, row in enumerate(connection.execute(query), start=1):
         shown = {name: row[name] for name in _SHOWN if name in row.keys()}  # noqa: SIM118 - of columns
-        source = f"{path.name}:{number}"
+        source = f"{file}:{number}"
         try:
             blob = row[_BLOB]
             if not isinstance(blob, bytes):
@@ -113,12 +124,12 @@ def _quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def _group(row: Mapping[str, Any]) -> str | None:
+def _group(buffer: str, row: Mapping[str, Any]) -> str | None:
     eid = member(row["experience"], "eid")
     batch, task = eid.get("batch"), row["task_id"] if row.get("task_id") is not None else eid.get("task")
     if not is_count(batch) and not isinstance(batch, str):
         return None
-    return f"{batch}/{task}" if is_count(task) or isinstance(task, str) else None
+    return f"trinity/{buffer}/{batch}/{task}" if is_count(task) or isinstance(task, str) else None
 
 
 def _values(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ A RolloutOutput has tokens only if the columns `trajectory` were asked for, and 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from pipeline.formats.fields import (
     truth,
     utc_time,
 )
-from pipeline.formats.json_lines import first_object, json_lines, rollouts
+from pipeline.formats.json_rows import first_line_id, first_object, json_lines, rollouts
 from pipeline.formats.source_rows import SourceRow
 from pipeline.formats.traces import is_episode, is_trace, trace_group, trace_values, traces
 
@@ -45,21 +46,22 @@ def read(path: Path) -> Iterator[SourceRow]:
     Raises:
         FormatError: the file cannot be read.
     """
+    file = f"verifiers/{first_line_id(path)}"
     if _is_output(first_object(path)):
-        yield from rollouts(json_lines(path), _group, _values)
+        yield from rollouts(json_lines(path), partial(_group, file), _values)
     else:
-        yield from rollouts(traces(json_lines(path)), trace_group, trace_values)
+        yield from rollouts(traces(json_lines(path)), partial(trace_group, file), trace_values)
 
 
 def _is_output(row: Mapping[str, Any]) -> bool:
     return {"example_id", "prompt", "completion", "reward", "is_completed"} <= row.keys()
 
 
-def _group(row: Mapping[str, Any]) -> str | None:
+def _group(file: str, row: Mapping[str, Any]) -> str | None:
     example, task = row.get("example_id"), row.get("task")
     if isinstance(example, bool) or not isinstance(example, int | str):
         return None
-    return f"{task}/{example}" if isinstance(task, str) and task else str(example)
+    return f"{file}/{task}/{example}" if isinstance(task, str) and task else f"{file}/{example}"
 
 
 def _values(row: Mapping[str, Any]) -> dict[str, Any]:

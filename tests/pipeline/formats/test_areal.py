@@ -16,7 +16,7 @@ def test_text_versions_and_rewards_come_as_they_stand() -> None:
     first, second, _, old = rows
     assert first.source == "11.jsonl:1"
     assert first.values == {
-        "group_id": "11",
+        "group_id": first.values["group_id"],
         "sample_index": 0,
         "prompt_text": "<|im_start|>user\n2+2?",
         "completion": "4<|im_end|>",
@@ -41,7 +41,8 @@ def test_a_trajectory_of_several_segments_is_refused_and_keeps_its_place() -> No
     _, _, turns, after = read("areal", FILE)
     assert turns.problem is not None
     assert turns.problem.startswith("several sampled turns")
-    assert (turns.values["group_id"], turns.values["sample_index"]) == ("11", 2)
+    assert (turns.values["group_id"], turns.values["sample_index"]) == (after.values["group_id"], 2)
+    assert after.values["group_id"].endswith("/11")
     assert after.values["sample_index"] == 3
 
 

@@ -88,6 +88,22 @@ def test_no_member_of_a_row_can_stop_an_import(name: str, file: str, tmp_path: P
 
 
 @pytest.mark.parametrize(("name", "file"), JSON_LINES)
+def test_groups_keep_their_names_while_a_file_grows(name: str, file: str, tmp_path: Path) -> None:
+    rows = lines(file)
+    path = tmp_path / Path(file).name
+    groups = [row.values.get("group_id") for row in read(name, write_lines(path, rows[:1]))]
+    grown = [row.values.get("group_id") for row in read(name, write_lines(path, rows))]
+    assert grown[: len(groups)] == groups
+
+
+@pytest.mark.parametrize(("name", "file"), [JSON_LINES[0], JSON_LINES[1], JSON_LINES[-1]])
+def test_groups_of_another_training_have_other_names(name: str, file: str, tmp_path: Path) -> None:
+    first, *_ = lines(file)
+    other = write_lines(tmp_path / Path(file).name, [first | {"note": "of another training"}])
+    assert read(name, other)[0].values["group_id"] != read(name, file)[0].values["group_id"]
+
+
+@pytest.mark.parametrize(("name", "file"), JSON_LINES)
 def test_lines_are_read_one_at_a_time(name: str, file: str, tmp_path: Path) -> None:
     line = (DUMPS / file).read_text().splitlines(keepends=True)[0]
     path = tmp_path / Path(file).name

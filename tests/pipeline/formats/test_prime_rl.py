@@ -28,7 +28,7 @@ def changed(tmp_path: Path, node: int = 2, trace: dict[str, Any] | None = None, 
 def test_a_trace_is_a_rollout_of_the_group_its_trainer_named() -> None:
     row = read("prime-rl", FILE)[0]
     assert row.source == "traces.jsonl:1"
-    assert row.values["group_id"] == "g1"
+    assert row.values["group_id"] == "run-1/sums/g1"
     assert row.values["prompt_ids"] == [1, 2, 3, 4, 5]
     assert row.values["completion_ids"] == [52, 128]
     assert row.values["model"] == "small"
@@ -80,11 +80,12 @@ def test_what_is_no_scored_single_turn_of_the_policy_is_refused_in_plain_words()
         "the agent is not trained: its tokens are not the policy's",
         "the episode has no trace",
     ]
-    places = [(row.values.get("group_id"), row.values.get("sample_index")) for row in rows]
+    places = [(row.values["group_id"].partition("/sums/")[2], row.values["sample_index"]) for row in rows[:8]]
     assert places == [
         *[("g1", 0), ("g1", 1), ("g1", 2), ("g2", 0), ("g2", 1), ("g3", 0)],
-        *[("g4/solver", 0), ("g4/judge", 0), (None, None)],
+        *[("g4/solver", 0), ("g4/judge", 0)],
     ]
+    assert "group_id" not in rows[8].values
     assert rows[7].source == "traces.jsonl:7 trace 2"
 
 

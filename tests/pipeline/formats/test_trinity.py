@@ -46,7 +46,7 @@ def test_columns_count_before_the_pickle_and_the_task_of_a_batch_is_the_group(fi
     first, second, *_ = read("trinity", f"trinity/{file}")
     assert first.source == f"{file}:1"
     assert first.values == {
-        "group_id": group,
+        "group_id": first.values["group_id"],
         "sample_index": 0,
         "prompt_ids": [1, 2, 3, 4, 5],
         "prompt_text": "2+2?",
@@ -55,13 +55,16 @@ def test_columns_count_before_the_pickle_and_the_task_of_a_batch_is_the_group(fi
         "reward": 1.0,
         "policy_version": version,
     }
+    assert first.values["group_id"].endswith(f"/{group}")
+    assert second.values["group_id"] == first.values["group_id"]
     # both say run 0, as workflows do that never set it: the order tells them apart
     assert (second.values["sample_index"], second.values["completion_ids"]) == (1, [53, 128])
 
 
 def test_a_pickle_in_a_table_of_its_own_is_found() -> None:
     first, lost = read("trinity", "trinity/split.db")
-    assert (first.values["group_id"], first.values["reward"]) == ("3/8", 0.5)
+    assert first.values["group_id"].endswith("/3/8")
+    assert first.values["reward"] == 0.5
     assert lost.problem == "the row has no pickle, and with it no tokens and no group"
     assert lost.values["id"] == 2
 
@@ -173,6 +176,16 @@ def test_an_archive_in_place_of_a_storage_is_not_opened() -> None:
 
     with pytest.raises(FormatError, match="holds an archive"):
         read_pickle(pickle.dumps(Storage()), NONE)
+
+
+def test_groups_keep_their_names_while_the_buffer_grows(tmp_path: Path) -> None:
+    path = Path(shutil.copy(DUMPS / "trinity/old.db", tmp_path / "buffer.db"))
+    before = [row.values["group_id"] for row in read("trinity", path)]
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(
+            "insert into experience (reward, experience_bytes) select 0, experience_bytes from experience"
+        )
+    assert [row.values["group_id"] for row in read("trinity", path)] == before * 2
 
 
 def test_values_that_share_themselves_endlessly_are_refused_in_a_line(tmp_path: Path) -> None:

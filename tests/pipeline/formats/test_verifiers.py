@@ -49,13 +49,14 @@ def test_text_whose_thoughts_stand_apart_is_refused_since_its_tokens_are_unknown
 
 def test_a_trace_that_stands_alone_is_grouped_by_its_task() -> None:
     (row,) = values(read("verifiers", "verifiers/bare.jsonl"))
-    assert (row["group_id"], row["completion_ids"], row["reward"]) == ("sum-7", [52, 128], 1.25)
+    assert row["group_id"].endswith("/sum-7")
+    assert (row["completion_ids"], row["reward"]) == ([52, 128], 1.25)
 
 
 def test_an_old_output_without_tokens_comes_as_text() -> None:
     first, cut_off, *_ = read("verifiers", TEXT)
     assert first.values == {
-        "group_id": "7",
+        "group_id": first.values["group_id"],
         "sample_index": 0,
         "messages": [{"role": "user", "content": "2+2?"}],
         "completion": "4",
@@ -66,6 +67,7 @@ def test_an_old_output_without_tokens_comes_as_text() -> None:
         "created_at": datetime(2026, 6, 1, 12, tzinfo=UTC),
         "night": date(2026, 6, 1),
     }
+    assert first.values["group_id"].endswith("/7")
     assert (cut_off.values["finish_reason"], cut_off.values["reward"]) == ("length", 0.0)
 
 
@@ -101,7 +103,8 @@ def test_an_old_prompt_that_is_plain_text_is_what_the_model_read(tmp_path: Path)
     row = lines(TEXT)[0] | {"prompt": "2+2=", "completion": "4", "task": "sums"}
     (found,) = values(read("verifiers", write_lines(tmp_path / "results.jsonl", [row])))
     assert (found["prompt_text"], found["completion"]) == ("2+2=", "4")
-    assert (found["group_id"], found["data_source"]) == ("sums/7", "sums")
+    assert found["group_id"].endswith("/sums/7")
+    assert found["data_source"] == "sums"
 
 
 @pytest.mark.parametrize(

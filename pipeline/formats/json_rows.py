@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import FormatError
 from pipeline.formats.source_rows import SourceRow
+from pipeline.hashing import content_id
 
 SUFFIXES = (".jsonl", ".ndjson")
+_SNIFFED_LINES = 20
 NO_OBJECT = "no JSON object in valid Unicode: the line is cut off, or no line of such a dump"
 
 
@@ -46,14 +49,20 @@ def json_file(path: Path) -> Any:
 
 
 def first_object(path: Path) -> Mapping[str, Any]:
-    """The first line's object; empty if the file has none, is missing or of another kind."""
+    """The first object among the first lines; empty if there is none, or no such file."""
     if path.suffix not in SUFFIXES:
         return {}
     try:
-        first = next(json_lines(path), None)
+        lines = islice(json_lines(path), _SNIFFED_LINES)
+        return next((line.values for line in lines if line.problem is None), {})
     except FormatError:
         return {}
-    return {} if first is None or first.problem else first.values
+
+
+def first_line_id(path: Path) -> str:
+    """A name for a file that stays while lines are appended: the same groups occur in every training."""
+    with _opened(path) as lines:
+        return content_id(next((line for line in lines if line.strip()), b""))[:16]
 
 
 def rollouts(
