@@ -78,5 +78,5 @@ def _rows(path: Path) -> Iterator[SourceRow]:
                     yield SourceRow(f"{path.name}:{number}", row)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise FormatError(
-            f"{path} is no whole Parquet file (after row {number}): {error}. Copy it again."
+            f"{path} is no complete Parquet file (after row {number}): {error}. Copy it again."
         ) from None
