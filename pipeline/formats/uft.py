@@ -1,0 +1,42 @@
+"""UFT's prompt file: verl's columns, and in `hint` an expert's solution, cut into pieces of text.
+
+Its trainer reads the first message's content without a chat template, and the pieces joined as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import FormatError
+from pipeline.formats.fields import (
+    messages,
+)
+from pipeline.formats.prompt_files import columns, expert_rows
+from pipeline.formats.source_rows import SourceRow
+
+NAME = "uft"
+
+
+def recognizes(path: Path) -> bool:
+    names = columns(path)
+    return "prompt" in names and "hint" in names and "target" not in names
+
+
+def read(path: Path) -> Iterator[SourceRow]:
+    """Every row with its hint; one without is refused, since it is a prompt and no rollout.
+
+    Raises:
+        FormatError: the file is no whole Parquet file.
+    """
+    yield from expert_rows(NAME, path, _values)
+
+
+def _values(row: Mapping[str, Any]) -> dict[str, Any]:
+    hint = row.get("hint")
+    if not hint:
+        raise FormatError("the prompt has no hint")
+    if not isinstance(hint, list) or not all(isinstance(piece, str) for piece in hint):
+        raise FormatError("`hint` is no list of texts")
+    return {"prompt_text": messages(row.get("prompt"), "prompt")[0]["content"], "completion": "".join(hint)}
