@@ -1,4 +1,4 @@
-"""`echomine sql`, `report` and `audit`: looking at what is there."""
+"""`echomine report` and `audit`: looking at what is there."""
 
 from __future__ import annotations
 
@@ -13,31 +13,6 @@ from flows.commands.group import EXAMPLE, echomine
 from flows.commands.output import print_json
 from flows.options import common_options, json_option, section_options
 from pipeline.config import MiningConfig, load_config
-
-
-@echomine.command(
-    short_help="Ask the lake anything; reading only.",
-    epilog=EXAMPLE + 'echomine sql "select group_class, count(*) from groups group by all"',
-)
-@click.argument("query")
-@common_options
-@click.option(
-    "--format",
-    "form",
-    type=click.Choice(["table", "csv", "json", "parquet"]),
-    default="table",
-    show_default=True,
-)
-@click.option("--snapshot", type=click.IntRange(min=0), help="the lake as of this snapshot")
-def sql(query: str, lake: Path, config: Path | None, form: str, snapshot: int | None) -> None:
-    """Ask the lake anything; reading only. See `from snapshots` for its history."""
-    load_config(config)
-    from flows.answers import write_answer
-    from pipeline.lake import Lake
-
-    with Lake.open(lake).reader(snapshot) as reader:
-        answer = reader.select(query)
-    write_answer(answer, form)
 
 
 @echomine.command(
