@@ -1,4 +1,4 @@
-"""The answers of `echomine sql` in four forms, its example questions, and the table of `echomine audit`."""
+"""The answers of `echomine sql` in four forms, and the table of `echomine audit`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from rich.text import Text
 from flows.commands.output import counted
 from pipeline.audit import Audit
 from pipeline.query import Selection
-from pipeline.sqlfiles import examples
 
 MAX_CELL = 80  # characters; long lists would fill the screen
 
@@ -45,14 +44,6 @@ def write_answer(answer: Selection, form: str) -> None:
         buffer = BytesIO()
         pq.write_table(answer.table.rename_columns(answer.names), buffer, compression="zstd")
         sys.stdout.buffer.write(buffer.getvalue())
-
-
-def print_examples() -> None:
-    """The names of the example questions, and what each asks."""
-    table = Table("name", "question", show_edge=False)
-    for name, question in examples().items():
-        table.add_row(name, question)
-    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def print_audit(audit: Audit) -> None:

@@ -16,8 +16,9 @@ from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.lexers import PygmentsLexer
 from pygments.lexers.sql import SqlLexer
 
-from flows.answers import print_examples, write_answer
+from flows.answers import write_answer
 from flows.commands.output import note
+from flows.tables import print_examples
 from pipeline.errors import EchoMineError, nearest
 from pipeline.lake_reader import Reader
 from pipeline.query import Limits

@@ -58,7 +58,7 @@ def sql(
 
     limits = Limits(timeout, memory_limit)
     if examples:
-        from flows.answers import print_examples
+        from flows.tables import print_examples
 
         print_examples()
     elif attach:
@@ -87,7 +87,7 @@ def _text(query: str | None, example: str | None) -> str:
     text = sys.stdin.read() if query is None and not sys.stdin.isatty() else query
     if text is None or not text.strip():
         raise QueryError(
-            "There is no query. Give one as an argument or on standard input; `echomine sql --examples` has some."
+            "There is no query. Give one as an argument or on standard input; see `echomine sql --examples`."
         )
     return text
 

@@ -11,7 +11,7 @@ import click
 
 from flows.commands.group import EXAMPLE, echomine
 from flows.commands.output import print_json
-from flows.options import common_options, json_option, section_options
+from flows.options import common_options, json_option, section_options, snapshot_option
 from pipeline.config import MiningConfig, load_config
 
 
@@ -22,7 +22,10 @@ from pipeline.config import MiningConfig, load_config
 @common_options
 @json_option
 @click.option("--night", type=click.DateTime(["%Y-%m-%d"]), help="which night; default: the newest")
-def report(lake: Path, config: Path | None, as_json: bool, night: datetime | None) -> None:
+@snapshot_option
+def report(
+    lake: Path, config: Path | None, as_json: bool, night: datetime | None, snapshot: int | None
+) -> None:
     """Write a night's report again and say where it is."""
     load_config(config)
     from pipeline.lake import Lake
@@ -30,7 +33,7 @@ def report(lake: Path, config: Path | None, as_json: bool, night: datetime | Non
 
     opened = Lake.open(lake)
     run_id = run_of_night(opened, night.date() if night else None)
-    path = write_night_report(opened, run_id)
+    path = write_night_report(opened, run_id, snapshot)
     if as_json:
         print_json({"run_id": run_id, "report": str(path)})
     else:
