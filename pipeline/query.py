@@ -26,7 +26,10 @@ _TABLE_FUNCTIONS = re.compile(
     re.IGNORECASE,
 )
 # Scalar functions that do more than compute.
-_REFUSED = re.compile(r"getenv|write_log|nextval|sleep_ms|json_execute.*|query|query_table", re.IGNORECASE)
+_REFUSED = re.compile(
+    r"getenv|write_log|nextval|sleep_ms|pg_sleep|json_execute.*|json_serialize_plan|query|query_table",
+    re.IGNORECASE,
+)
 _FILE = re.compile(r"[/\\]|\.(parquet|csv|tsv|json|jsonl|ndjson|db|duckdb|sqlite|gz|zst)$", re.IGNORECASE)
 _SIZE = re.compile(r"(?=.*[1-9])[0-9]+(\.[0-9]+)? ?[KMGT]i?B", re.IGNORECASE)
 _COMMENTS = re.compile(r"\A(\s+|--[^\n]*(\n|\Z)|/\*.*?\*/)+", re.DOTALL)
