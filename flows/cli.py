@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import click
 
-from flows.commands import care, clips, look, night, rollouts
+from flows.commands import ask, care, clips, look, night, rollouts
 from flows.commands.group import echomine
 from pipeline.errors import EchoMineError
 
@@ -21,7 +21,7 @@ _IN_ORDER = (
     clips.mine,
     clips.export,
     clips.train,
-    look.sql,
+    ask.sql,
     look.report,
     look.audit,
     care.maintain,

@@ -102,6 +102,15 @@ def night_settings(
     }
 
 
+def snapshot_option(function: F) -> F:
+    """`--snapshot`, which every command has that reads the lake."""
+    return click.option(
+        "--snapshot",
+        type=click.IntRange(min=0),
+        help='the lake as of this snapshot; `echomine sql "from snapshots"` lists them',
+    )(function)
+
+
 def json_option(function: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="print one JSON object on standard output")(
         function

@@ -36,7 +36,12 @@ class Catalog:
     def attach(
         self, connection: duckdb.DuckDBPyConnection, *options: str, snapshot: int | None = None
     ) -> None:
-        """Makes the lake the session's database, under the name `lake`.
+        """Makes the lake the session's database, under the name `lake`; see `attach_sql`."""
+        connection.execute(self.attach_sql(*options, snapshot=snapshot))
+        connection.execute("use lake")
+
+    def attach_sql(self, *options: str, snapshot: int | None = None) -> str:
+        """The statement that attaches the lake.
 
         Args:
             options: further options of DuckLake's `attach`.
@@ -52,8 +57,7 @@ class Catalog:
         ]
         if snapshot is not None:
             settings.append(f"snapshot_version {int(snapshot)}")
-        connection.execute(f"attach 'ducklake:sqlite:{quoted(self.path)}' as lake ({', '.join(settings)})")
-        connection.execute("use lake")
+        return f"attach 'ducklake:sqlite:{quoted(self.path)}' as lake ({', '.join(settings)})"
 
     def newest_snapshot(self, connection: duckdb.DuckDBPyConnection) -> int:
         """The number of the last commit, read without attaching the lake."""

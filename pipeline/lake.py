@@ -150,6 +150,11 @@ class Lake:
                     f"The lake in {self.folder} has no snapshot {snapshot}. "
                     'See `echomine sql "from snapshots"` for those it has.'
                 ) from error
+            if snapshot is not None and isinstance(error, duckdb.CatalogException):
+                raise LakeError(
+                    f"Snapshot {snapshot} of the lake in {self.folder} is from before its tables were made. "
+                    'See `echomine sql "from snapshots"` for later ones.'
+                ) from error
             raise LakeError(
                 f"The catalog {self.catalog.path} cannot be read: {said(error)}. "
                 "Restore it from a backup; the data files beside it were not touched."

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import gettempdir
 from typing import TYPE_CHECKING, Any
 
 import duckdb
@@ -12,11 +15,14 @@ import pyarrow as pa
 from pipeline.catalog import quoted
 from pipeline.errors import QueryError, said
 from pipeline.hashing import file_sha256
-from pipeline.query import Selection, reading_only
+from pipeline.interrupts import stoppable
+from pipeline.query import Limits, Selection, reading_only
 from pipeline.sqlfiles import macros, params_of, views
 
 if TYPE_CHECKING:
     from pipeline.lake import Lake
+
+NO_LIMITS = Limits()
 
 
 @dataclass(frozen=True)
@@ -106,27 +112,64 @@ class Reader:
                 damaged.append(DamagedFile(row["path"], "is not as it was written (its SHA-256 differs)"))
         return damaged
 
-    def select(self, sql: str) -> Selection:
+    def select(self, sql: str, limits: Limits = NO_LIMITS) -> Selection:
         """Runs a user's query: reading only, nothing beyond this lake's folder.
 
+        Args:
+            limits: the first query's memory limit holds for the session.
+
         Raises:
-            QueryError: it is wrong, would write, or reaches for other files.
+            QueryError: it is wrong, would write, reaches for other files, or takes more than it may.
+            KeyboardInterrupt: the user stopped it; the session can go on.
         """
         checked = reading_only(self.connection, sql)
-        self._lock_down()
-        try:
-            result = self.connection.execute(checked)
-            return Selection([column[0] for column in result.description], result.to_arrow_table())
-        except duckdb.Error as error:
-            raise QueryError(
-                f"The query failed: {said(error)}. Mend it; `describe` names a relation's columns."
-            ) from error
+        with stoppable(self.connection.interrupt, limits.timeout_seconds) as stopped:
+            try:
+                self._lock_down(limits.memory)
+                return _answer(self.connection.execute(checked), limits.max_rows)
+            except duckdb.InterruptException as error:
+                if stopped.by_user:
+                    raise KeyboardInterrupt from error
+                raise QueryError(
+                    f"The query took longer than {limits.timeout_seconds:g} s and was stopped. "
+                    "Ask for less, or give it more with --timeout."
+                ) from error
+            except duckdb.OutOfMemoryException as error:
+                raise QueryError(
+                    f"The query needs more memory than {limits.memory or 'there is'}. "
+                    "Ask for less, or give it more with --memory-limit."
+                ) from error
+            except duckdb.Error as error:
+                raise QueryError(
+                    f"The query failed: {said(error)}. Mend it; `describe` names a relation's columns."
+                ) from error
 
-    def _lock_down(self) -> None:
+    def _lock_down(self, memory: str | None) -> None:
         """From here on the session reaches this lake's data files only; it cannot be undone."""
         if self._locked:
             return
+        # What does not fit into memory goes aside, by default into the folder the user stands in.
+        aside = Path(gettempdir()) / f"echomine-{uuid.uuid4().hex}"
+        self.connection.execute(f"set temp_directory = '{quoted(aside)}'")
+        if memory is not None:
+            self.connection.execute(f"set memory_limit = '{memory}'")
         self.connection.execute(f"set allowed_directories = ['{quoted(self.lake.files)}/']")
         self.connection.execute("set python_enable_replacements = false")  # our own variables are no tables
         self.connection.execute("set enable_external_access = false; set lock_configuration = true")
         self._locked = True
+
+
+def _answer(result: duckdb.DuckDBPyConnection, max_rows: int | None) -> Selection:
+    names = [column[0] for column in result.description]
+    if max_rows is None:
+        return Selection(names, result.to_arrow_table())
+    reader = result.to_arrow_reader(max_rows + 1)
+    batches, num_rows = list[pa.RecordBatch](), 0
+    while num_rows <= max_rows:
+        try:
+            batches.append(reader.read_next_batch())
+        except StopIteration:
+            break
+        num_rows += batches[-1].num_rows
+    table = pa.Table.from_batches(batches, reader.schema)
+    return Selection(names, table.slice(0, max_rows), cut_off=num_rows > max_rows)

@@ -76,7 +76,7 @@ def mine(
             return known
         _refuse_unknown_scope(reader, since_snapshot, run_id)
         _refuse_damage(lake, reader, newest)
-        groups, dropped, clips = _decide(reader, config, since_snapshot, run_id)
+        groups, dropped, clips = decide(reader, config, since_snapshot, run_id)
 
     mining = Mining(mining_id, data_snapshot, groups, clips.num_rows, dropped)
     record = {
@@ -102,10 +102,10 @@ def mine(
     return mining
 
 
-def _decide(
+def decide(
     reader: Reader, config: MiningConfig, since_snapshot: int | None, run_id: str | None
 ) -> tuple[dict[str, int], dict[str, int], pa.Table]:
-    """Runs the stages one after the other.
+    """Runs the stages one after the other; writes nothing. The arguments are those of `mine`.
 
     Returns:
         groups by class, drops by reason, and the kept clips in rank order.

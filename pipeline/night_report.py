@@ -13,11 +13,15 @@ from pipeline.report import write_report
 from pipeline.tokenization import load_tokenizer
 
 
-def write_night_report(lake: Lake, run_id: str) -> Path:
+def write_night_report(lake: Lake, run_id: str, snapshot: int | None = None) -> Path:
     """Writes `runs/<run>/report.html` of a run that has been mined.
 
+    Args:
+        snapshot: the lake as of it, into a file of its own, `report-snapshot-<N>.html`.
+
     Raises:
-        LakeError: no such run, or it was not mined yet.
+        LakeError: no such run or snapshot, or the run was not mined yet.
+        MiningError: the run was not mined by then.
     """
     folder = lake.folder / "runs" / run_id
     facts = _json(folder / "run.json")
@@ -34,10 +38,11 @@ def write_night_report(lake: Lake, run_id: str) -> Path:
         run_id,
         facts["mining_id"],
         load_tokenizer(Path(facts["model_folder"])),
-        folder / "report.html",
+        folder / ("report.html" if snapshot is None else f"report-snapshot-{snapshot}.html"),
         {"generate_seconds": facts.get("generate_seconds", 0.0)},
         training,
         facts.get("export_dropped"),
+        snapshot,
     )
 
 

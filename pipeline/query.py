@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from pipeline.errors import QueryError, said
+from pipeline.sqlfiles import table_macros
 
 if TYPE_CHECKING:
     import duckdb
@@ -25,18 +26,45 @@ _TABLE_FUNCTIONS = re.compile(
     re.IGNORECASE,
 )
 # Scalar functions that do more than compute.
-_REFUSED = re.compile(r"getenv|write_log|nextval|sleep_ms|json_execute.*|query|query_table", re.IGNORECASE)
+_REFUSED = re.compile(
+    r"getenv|write_log|nextval|sleep_ms|pg_sleep|json_execute.*|json_serialize_plan|query|query_table",
+    re.IGNORECASE,
+)
 _FILE = re.compile(r"[/\\]|\.(parquet|csv|tsv|json|jsonl|ndjson|db|duckdb|sqlite|gz|zst)$", re.IGNORECASE)
+_SIZE = re.compile(r"(?=.*[1-9])[0-9]+(\.[0-9]+)? ?[KMGT]i?B", re.IGNORECASE)
 _COMMENTS = re.compile(r"\A(\s+|--[^\n]*(\n|\Z)|/\*.*?\*/)+", re.DOTALL)
 _EXPLAIN = re.compile(r"\Aexplain\b(\s+analyze\b|\s*\(\s*(analyze|format)\b[\w\s,]*\))?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Selection:
-    """A query's answer. `names` keeps duplicate column names apart from the table's."""
+    """A query's answer. `names` keeps duplicate column names apart from the table's.
+
+    Attributes:
+        cut_off: whether there are more rows than were asked for.
+    """
 
     names: list[str]
     table: pa.Table
+    cut_off: bool = False
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a query may take.
+
+    Attributes:
+        memory: as DuckDB writes sizes, such as 2GB; beyond it DuckDB goes to disk or gives up.
+        max_rows: rows of the answer; the rest is not computed.
+    """
+
+    timeout_seconds: float | None = None
+    memory: str | None = None
+    max_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.memory is not None and not _SIZE.fullmatch(self.memory):
+            raise QueryError(f"The memory limit `{self.memory}` is no size. Give one such as 500MB or 2GB.")
 
 
 def reading_only(connection: duckdb.DuckDBPyConnection, sql: str) -> str:
@@ -95,7 +123,7 @@ def _beyond_the_lake(node: Any) -> Iterator[str]:
         function, table = node.get("function_name"), node.get("table_name")
         if kind == "TABLE_FUNCTION":
             called = str(node["function"].get("function_name"))
-            if not _TABLE_FUNCTIONS.fullmatch(called):
+            if not _TABLE_FUNCTIONS.fullmatch(called) and called.lower() not in table_macros():
                 yield called
         elif isinstance(function, str) and _REFUSED.fullmatch(function):
             yield function

@@ -50,6 +50,7 @@ def write_report(
     timings: Mapping[str, float],
     training: Mapping[str, Any] | None = None,
     export_dropped: Mapping[str, int] | None = None,
+    snapshot: int | None = None,
 ) -> Path:
     """Writes the report of a run and its mining, complete or not at all.
 
@@ -59,6 +60,7 @@ def write_report(
         training: `metrics`: one mapping per optimizer step (optim_step, rl_loss, echo_loss, reward_mean,
             grad_norm; any may be missing or None).
         export_dropped: clips that the export left out, by reason.
+        snapshot: of the lake, by default the newest.
 
     Returns:
         `path`.
@@ -67,7 +69,7 @@ def write_report(
         LakeError: the lake holds no rollouts of the run, or `path` cannot be written.
         MiningError: the lake holds no such mining.
     """
-    with lake.reader() as reader:
+    with lake.reader(snapshot) as reader:
         mining = _mining(reader, mining_id)
         params = LIMITS | mining["params"] | {
             "run_id": run_id, "mining_id": mining_id, "num_clips": NUM_CLIPS

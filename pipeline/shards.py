@@ -80,8 +80,17 @@ class UnknownTokenizer(FormatError):
         )
 
 
-def export_shards(lake: Lake, folder: Path, config: ExportConfig, mining_id: str | None = None) -> Export:
+def export_shards(
+    lake: Lake,
+    folder: Path,
+    config: ExportConfig,
+    mining_id: str | None = None,
+    snapshot: int | None = None,
+) -> Export:
     """Writes a mining's clips (the newest mining by default), in rank order. The same export is written once.
+
+    Args:
+        snapshot: of the lake, by default the newest; minings that came later are unknown to it.
 
     Raises:
         NothingToMine: the lake was never mined.
@@ -89,12 +98,15 @@ def export_shards(lake: Lake, folder: Path, config: ExportConfig, mining_id: str
         LakeError: the folder cannot be written.
     """
     excluded_ids, excluded_messages = _excluded(config.exclude_prompts)
-    with lake.reader() as reader:
+    with lake.reader(snapshot) as reader:
         minings = reader.rows(
             "select mining_id, config_hash, snapshot from mining_runs order by created_at desc"
         )
         if not minings:
-            raise NothingToMine(f"The lake in {lake.folder} was never mined. Run `echomine mine` first.")
+            by_then = "" if snapshot is None else f" by snapshot {snapshot}"
+            raise NothingToMine(
+                f"The lake in {lake.folder} was never mined{by_then}. Run `echomine mine` first."
+            )
         chosen = [m for m in minings if m["mining_id"].startswith(mining_id or "")]
         if not chosen:
             raise MiningError(

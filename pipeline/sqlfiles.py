@@ -6,6 +6,8 @@ import re
 from functools import cache
 from pathlib import Path
 
+from pipeline.errors import QueryError, nearest
+
 SQL_FOLDER = Path(__file__).resolve().parent.parent / "sql"
 
 
@@ -33,6 +35,40 @@ def views() -> tuple[str, ...]:
     """A `create temp view` for each file of `sql/views/`, in the order of their numbers."""
     files = sorted((SQL_FOLDER / "views").glob("*.sql"))
     return tuple(f'create or replace temp view "{_relation(f)}" as {f.read_text()}' for f in files)
+
+
+@cache
+def examples() -> dict[str, str]:
+    """The questions of `sql/examples/`: each file's name and the sentence it starts with."""
+    return {
+        path.stem: " ".join(_summary(path.read_text(encoding="utf-8")).split())
+        for path in sorted((SQL_FOLDER / "examples").glob("*.sql"))
+    }
+
+
+def example(name: str) -> str:
+    """The query of an example.
+
+    Raises:
+        QueryError: there is none of this name.
+    """
+    if name not in examples():
+        raise QueryError(f"There is no example `{name}`: {nearest(name, examples())}")
+    return sql_file(f"examples/{name}")
+
+
+@cache
+def table_macros() -> tuple[str, ...]:
+    """The names of the macros that stand where a relation does."""
+    return tuple(
+        re.findall(r"^create or replace temp macro (\w+)\([^)]*\) as table$", sql_file("macros"), re.M)
+    )
+
+
+def _summary(sql: str) -> str:
+    """The header's text up to its first field."""
+    header = sql.split("\n-- grain:")[0]
+    return re.sub(r"^-- ", "", header, flags=re.MULTILINE)
 
 
 def _relation(file: Path) -> str:

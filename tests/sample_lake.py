@@ -59,15 +59,21 @@ class LakeBuilder:
         model: str = "small",
         policy_version: int = 0,
         group_size: int | None = None,
+        entropies: Sequence[Sequence[float]] | None = None,
         **changes: Any,
     ) -> str:
-        """One group, a rollout for each completion; `changes` replace columns. Returns its group_id."""
-        prompt = Prompt(({"role": "user", "content": question},), None, "sums")
+        """One group, a rollout for each completion; `changes` replace columns. Returns its group_id.
+
+        Args:
+            entropies: those of each completion's tokens; by default random ones.
+        """
+        prompt = _prompt(question)
         self.prompts.append(prompt)
         name = content_id(run_id, prompt.prompt_id, policy_version, len(self.rows))
         for index, (text, reward) in enumerate(zip(completions, rewards, strict=True)):
             ids = [*self.tokenizer(text)["input_ids"], EOS_ID]
-            entropies = np.float32(self._random.gamma(0.4, 0.5, len(ids)))
+            drawn = self._random.gamma(0.4, 0.5, len(ids)) if entropies is None else entropies[index]
+            nats = np.float32(drawn)
             row = {
                 "group_id": name,
                 "prompt_id": prompt.prompt_id,
@@ -82,9 +88,9 @@ class LakeBuilder:
                 "prompt_ids": self.tokenizer(question)["input_ids"],
                 "completion_ids": ids,
                 "completion": text,
-                "completion_logprobs": -entropies - 0.01,
+                "completion_logprobs": -nats - 0.01,
                 "logprobs_kind": "raw",
-                "completion_entropies": entropies,
+                "completion_entropies": nats,
                 "entropy_kind": "full_vocab",
                 "finish_reason": "stop",
                 "reward": reward,
@@ -107,6 +113,58 @@ class LakeBuilder:
         return self.lake
 
 
+# The model `taught`: a run under each of three policy versions, each with a verifier version of its own. Its
+# completions have ten tokens in two steps, of these entropies, which sums of floats hold exactly.
+TAUGHT_RUNS = (
+    ("run-4", date(2026, 3, 3), 0, "1"),
+    ("run-5", date(2026, 3, 4), 10, "2"),
+    ("run-6", date(2026, 3, 5), 20, "3"),
+)
+TAUGHT_TEXTS = {"right": "sum:\n#10.", "wrong": "sum:\n#11."}
+TAUGHT_ENTROPIES = {"right": [0.125] * 5 + [0.25] * 5, "wrong": [0.5] * 5 + [0.75] * 5}
+# Each prompt's rollouts, by run, and their rewards; verifier 1 failed the right answer to 5+5.
+TAUGHT_GROUPS = {
+    "What is 5+5?": [("right wrong", [0, 0]), ("right wrong", [1, 0]), ("right right", [1, 1])],
+    "What is 6+7?": [("right right", [1, 1]), ("right wrong", [1, 0]), ("right wrong", [1, 0])],
+    "What is 8+9?": [("wrong wrong", [0, 0]), ("wrong wrong", [0, 0]), ("wrong wrong", [0, 0])],
+    "What is 9+9?": [("right wrong", [1, 0]), ("right right", [1, 1]), ("wrong wrong", [0, 0])],
+    "What is 3+9?": [("right right", [1, 1]), ("right right", [1, 1]), ("right right", [1, 1])],
+    "What is 7+7?": [("wrong wrong", [0, 0]), ("right right", [1, 1]), ("right right", [1, 1])],
+    "What is 4+9?": [None, None, ("right right right right", [1, 1, 0.75, 0.75])],
+}
+EXPERT_ENTROPIES = [1.0] * 10
+
+
+def prompt_id(question: str) -> str:
+    """The id of a sample prompt."""
+    return _prompt(question).prompt_id
+
+
+def _prompt(question: str) -> Prompt:
+    return Prompt(({"role": "user", "content": question},), None, "sums")
+
+
+def _add_taught_model(builder: LakeBuilder) -> None:
+    for number, (run_id, night, version, verifier_version) in enumerate(TAUGHT_RUNS):
+        facts = {"run_id": run_id, "night": night, "model": "taught", "policy_version": version}
+        facts["verifier_version"] = verifier_version
+        for question, by_run in TAUGHT_GROUPS.items():
+            if by_run[number] is None:
+                continue
+            words, rewards = by_run[number][0].split(), by_run[number][1]
+            texts, entropies = [TAUGHT_TEXTS[w] for w in words], [TAUGHT_ENTROPIES[w] for w in words]
+            builder.add_group(texts, rewards, question=question, entropies=entropies, **facts)
+    for question in ("What is 5+5?", "What is 6+7?"):
+        builder.add_group(
+            [TAUGHT_TEXTS["right"]],
+            [1],
+            question=question,
+            entropies=[EXPERT_ENTROPIES],
+            origin="expert",
+            **facts,
+        )
+
+
 @dataclass(frozen=True)
 class SampleLake:
     """A mined lake: `run_id` is its newest run of the model `small`, `mining_id` mined every run."""
@@ -118,7 +176,7 @@ class SampleLake:
 
 
 def sample_lake(folder: Path) -> SampleLake:
-    """Two nights, two models, three policy versions, all five classes, expert rows, an unscored rollout."""
+    """Five nights, three models, all five classes, expert rows, an unscored rollout."""
     builder = LakeBuilder(folder)
     runs = (
         ("run-1", date(2026, 3, 1), "small", 0),
@@ -140,10 +198,25 @@ def sample_lake(folder: Path) -> SampleLake:
         ["#3", "#3"], [1.0, 1.0], question="What is 1+2?", run_id="run-3", model="other", **unscored
     )
     builder.add_group(["#6", "#6"], [1.0, 0.0], policy_version=9, run_id="training-1", origin="trainer")
+    _add_taught_model(builder)
     lake = builder.commit([Refused("the verifier took longer than 10 s", "run-2", {"run_id": "run-2"})])
+    for run_id, *_ in TAUGHT_RUNS:
+        mine(lake, MiningConfig(), run_id=run_id)
     mining = mine(lake, MiningConfig(clips_per_group=2, max_policy_lag=7))
     with lake.reader() as reader:
-        best = reader.rows("select clip_id from echo_clips order by clip_rank limit 1")[0]["clip_id"]
-    use = {"training_id": "training-1", "clip_id": best, "optim_step": 0, "clip_loss": 0.5}
-    lake.commit({"clip_uses": pa.Table.from_pylist([use], CLIP_USES)})
+        clips = reader.rows("select distinct clip_id, prompt_id, policy_version from echo_clips")
+        best = reader.rows(
+            "select clip_id from echo_clips where mining_id = $id order by clip_rank limit 1",
+            {"id": mining.mining_id},
+        )
+    newest = {clip["prompt_id"]: clip["clip_id"] for clip in clips if clip["policy_version"] == 20}
+    uses = [
+        ("training-1", best[0]["clip_id"], 0, 0.5),
+        ("training-2", newest[prompt_id("What is 3+9?")], 0, 0.75),
+        ("training-2", newest[prompt_id("What is 3+9?")], 1, 0.25),
+        ("training-2", newest[prompt_id("What is 7+7?")], 0, 0.5),
+    ]
+    names = ("training_id", "clip_id", "optim_step", "clip_loss")
+    rows = [dict(zip(names, use, strict=True)) for use in uses]
+    lake.commit({"clip_uses": pa.Table.from_pylist(rows, CLIP_USES)})
     return SampleLake(lake, "run-2", mining.mining_id, builder.tokenizer)

@@ -10,7 +10,7 @@ import click
 
 from flows.commands.group import EXAMPLE, Commands, echomine
 from flows.commands.output import counted, print_json
-from flows.options import common_options, json_option, night_settings, section_options
+from flows.options import common_options, json_option, night_settings, section_options, snapshot_option
 from pipeline.config import ExportConfig, MiningConfig, TrainConfig, load_config
 from pipeline.errors import NothingToMine
 
@@ -22,11 +22,16 @@ from pipeline.errors import NothingToMine
 @common_options
 @json_option
 @section_options(MiningConfig)
-@click.option("--snapshot", type=click.IntRange(min=0), help="mine the lake as of this snapshot")
+@snapshot_option
 @click.option(
     "--since-snapshot", type=click.IntRange(min=0), help="only groups touched since, with all their rollouts"
 )
 @click.option("--run", "run_id", help="only groups of this run")
+@click.option(
+    "--what-if",
+    metavar="NAME=VALUE,…",
+    help="write nothing: what the last mining (of --run) would have found with these settings instead",
+)
 def mine(
     lake: Path,
     config: Path | None,
@@ -34,9 +39,16 @@ def mine(
     snapshot: int | None,
     since_snapshot: int | None,
     run_id: str | None,
+    what_if: str | None,
     **options: Any,
 ) -> None:
     """Find the EchoClips of the lake's zero-advantage groups and record them."""
+    if what_if is not None:
+        if since_snapshot is not None or any(value is not None for value in options.values()):
+            raise click.UsageError("Beside --what-if stand only --run and --snapshot; put settings into it")
+        load_config(config)
+        _simulate(lake, what_if, snapshot, run_id, as_json)
+        return
     settings = load_config(config, {"mining": options}).mining
     from pipeline.lake import Lake
     from pipeline.mine import mine as mine_lake
@@ -50,6 +62,20 @@ def mine(
         click.echo("dropped  " + counted(mined.dropped))
     if not mined.clips:
         raise NothingToMine("Nothing to mine: no clip was kept. The counts say which rule dropped what.")
+
+
+def _simulate(lake: Path, what_if: str, snapshot: int | None, run_id: str | None, as_json: bool) -> None:
+    from pipeline.lake import Lake
+    from pipeline.what_if import parse_changes, simulate
+
+    changes = parse_changes(what_if)
+    simulation = simulate(Lake.open(lake), changes, snapshot, run_id)
+    if as_json:
+        print_json(simulation.as_dict())
+    else:
+        from flows.tables import print_simulation
+
+        print_simulation(simulation)
 
 
 @echomine.group(
@@ -70,15 +96,22 @@ def export() -> None:
 @json_option
 @section_options(ExportConfig)
 @click.option("--mining", "mining_id", help="which mining's clips; default: the newest")
+@snapshot_option
 def shards(
-    folder: Path, lake: Path, config: Path | None, as_json: bool, mining_id: str | None, **options: Any
+    folder: Path,
+    lake: Path,
+    config: Path | None,
+    as_json: bool,
+    mining_id: str | None,
+    snapshot: int | None,
+    **options: Any,
 ) -> None:
     """Parquet shards of EchoClips with a manifest; FOLDER/latest.json names the newest export."""
     settings = load_config(config, {"export": options}).export
     from pipeline.lake import Lake
     from pipeline.shards import export_shards
 
-    done = export_shards(Lake.open(lake), folder, settings, mining_id)
+    done = export_shards(Lake.open(lake), folder, settings, mining_id, snapshot)
     if as_json:
         print_json({"folder": str(done.folder), **done.manifest})
     else:

@@ -1,4 +1,4 @@
-"""`echomine sql`, `report` and `audit`: looking at what is there."""
+"""`echomine report` and `audit`: looking at what is there."""
 
 from __future__ import annotations
 
@@ -11,33 +11,8 @@ import click
 
 from flows.commands.group import EXAMPLE, echomine
 from flows.commands.output import print_json
-from flows.options import common_options, json_option, section_options
+from flows.options import common_options, json_option, section_options, snapshot_option
 from pipeline.config import MiningConfig, load_config
-
-
-@echomine.command(
-    short_help="Ask the lake anything; reading only.",
-    epilog=EXAMPLE + 'echomine sql "select group_class, count(*) from groups group by all"',
-)
-@click.argument("query")
-@common_options
-@click.option(
-    "--format",
-    "form",
-    type=click.Choice(["table", "csv", "json", "parquet"]),
-    default="table",
-    show_default=True,
-)
-@click.option("--snapshot", type=click.IntRange(min=0), help="the lake as of this snapshot")
-def sql(query: str, lake: Path, config: Path | None, form: str, snapshot: int | None) -> None:
-    """Ask the lake anything; reading only. See `from snapshots` for its history."""
-    load_config(config)
-    from flows.answers import write_answer
-    from pipeline.lake import Lake
-
-    with Lake.open(lake).reader(snapshot) as reader:
-        answer = reader.select(query)
-    write_answer(answer, form)
 
 
 @echomine.command(
@@ -47,7 +22,10 @@ def sql(query: str, lake: Path, config: Path | None, form: str, snapshot: int | 
 @common_options
 @json_option
 @click.option("--night", type=click.DateTime(["%Y-%m-%d"]), help="which night; default: the newest")
-def report(lake: Path, config: Path | None, as_json: bool, night: datetime | None) -> None:
+@snapshot_option
+def report(
+    lake: Path, config: Path | None, as_json: bool, night: datetime | None, snapshot: int | None
+) -> None:
     """Write a night's report again and say where it is."""
     load_config(config)
     from pipeline.lake import Lake
@@ -55,7 +33,7 @@ def report(lake: Path, config: Path | None, as_json: bool, night: datetime | Non
 
     opened = Lake.open(lake)
     run_id = run_of_night(opened, night.date() if night else None)
-    path = write_night_report(opened, run_id)
+    path = write_night_report(opened, run_id, snapshot)
     if as_json:
         print_json({"run_id": run_id, "report": str(path)})
     else:

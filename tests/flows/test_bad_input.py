@@ -10,6 +10,7 @@ import dumps
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from attempts import EXTENSIONS, FILES, NETWORK, WRITES
 
 from flows.cli import main
 
@@ -115,7 +116,16 @@ def test_an_option_is_blamed_and_not_the_config_file(refused, tmp_path):
         (["mine", "--clips-per-group", "two"], ["--clips-per-group", "'two'", "valid integer"]),
         (["mine", "--scope", "all"], ["--scope", "'all'", "zero_advantage"]),
         (["mine", "--snapshot", "-1"], ["--snapshot", "-1"]),
-        (["sql"], ["QUERY", "echomine sql --help"]),
+        (["sql"], ["no query", "standard input", "echomine sql --examples"]),
+        (["sql", "--example", "wasted_token"], ["`wasted_token`", "did you mean `wasted_tokens`?"]),
+        (["sql", "select 1", "--examples"], ["one of QUERY", "echomine sql --help"]),
+        (["sql", "select 1", "--memory-limit", "2"], ["`2` is no size", "2GB"]),
+        (["sql", "select 1", "--timeout", "0"], ["--timeout", "0"]),
+        (["mine", "--what-if", "clip_per_group=4"], ["`clip_per_group`", "did you mean `clips_per_group`?"]),
+        (["mine", "--what-if", "clips_per_group=0"], ["`clips_per_group` in --what-if", "greater than or equal"]),
+        (["mine", "--what-if", "scope"], ["`scope`", "no setting", "name=value"]),
+        (["mine", "--what-if", "max_clips=1,max_clips=2"], ["`max_clips` comes twice"]),
+        (["mine", "--what-if", "max_clips=1", "--scope", "any_success"], ["Beside --what-if", "put settings"]),
         (["report", "--night", "yesterday"], ["--night", "yesterday", "%Y-%m-%d"]),
     ],
 )
@@ -217,9 +227,34 @@ def test_a_query_that_is_wrong_or_does_more_than_read_is_refused(refused, query,
     says(refused("sql", query), *parts)
 
 
-def test_an_unknown_snapshot_is_named(refused):
-    says(refused("sql", "select 1", "--snapshot", "999"), "no snapshot 999", 'echomine sql "from snapshots"')
-    says(refused("mine", "--snapshot", "999"), "no snapshot 999")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["sql", "select 1"],
+        ["sql", "--example", "wasted_tokens"],
+        ["sql", "--attach"],
+        ["mine"],
+        ["mine", "--what-if", "clips_per_group=4"],
+        ["export", "shards", "shards"],
+    ],
+    ids=" ".join,
+)
+def test_an_unknown_snapshot_is_named_by_every_command_that_reads_the_lake(refused, arguments):
+    says(refused(*arguments, "--snapshot", "999"), "no snapshot 999", 'echomine sql "from snapshots"')
+    before = "from before its tables were made"
+    says(refused(*arguments, "--snapshot", "0"), "Snapshot 0", before, 'echomine sql "from snapshots"')
+
+
+def test_what_came_after_a_snapshot_is_unknown_to_an_export_of_it(refused, tmp_path):
+    line = refused("export", "shards", tmp_path / "shards", "--snapshot", "1", exit_code=3)
+    says(line, "was never mined by snapshot 1", "echomine mine")
+
+
+@pytest.mark.parametrize("query", [*WRITES, *EXTENSIONS, *NETWORK, *FILES])
+def test_the_command_reads_the_lake_and_nothing_else(refused, lake, tmp_path, query):
+    (tmp_path / "secret.csv").write_text("a\nsecret\n")
+    line = refused("sql", query.replace("{outside}", str(tmp_path)).replace("{lake}", str(lake / "files")))
+    assert "secret\n" not in line
 
 
 # Mining, shards, reports

@@ -177,7 +177,9 @@ def test_the_key_figures_are_those_of_the_run(report_of, sample_lake):
     figures = dict(re.findall(r"<dt>(.*?)<small>.*?</dt><dd>(.*?)</dd>", report_of().read_text()))
     with sample_lake.lake.reader() as reader:
         rows = reader.rows("select * from groups where run_id = 'run-2' and origin = 'policy'")
-        clips = reader.rows("select count(*) as n from echo_clips")[0]["n"]
+        clips = reader.rows(
+            "select count(*) as n from echo_clips where mining_id = $id", {"id": sample_lake.mining_id}
+        )[0]["n"]
     tokens = sum(row["num_tokens"] for row in rows)
     untaught = sum(row["num_tokens"] for row in rows if row["group_class"] not in ("mixed", "incomplete"))
     assert figures["groups"] == "6"

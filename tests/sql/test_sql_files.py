@@ -105,7 +105,7 @@ def result(file, reader, sample_lake) -> pa.Table:
 def test_a_file_has_one_select_and_a_header_with_a_sentence(file, reader):
     statements = reader.connection.extract_statements(file.read_text())
     assert [statement.type.name for statement in statements] == ["SELECT"]
-    assert header_of(file).summary.endswith((".", "!"))
+    assert header_of(file).summary.endswith((".", "?"))
 
 
 def test_the_columns_are_those_of_the_header_in_its_order(file, result):
