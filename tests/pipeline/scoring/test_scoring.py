@@ -8,6 +8,7 @@ from scoring_helpers import ALL, by_place, select, unscored, without
 
 from pipeline import scoring
 from pipeline.config import MiningConfig, NightlyConfig
+from pipeline.errors import MiningError
 from pipeline.mine import mine
 from pipeline.runs import open_run
 from pipeline.scoring import Scored, Selection
@@ -130,3 +131,37 @@ def test_what_a_policy_has_judged_it_does_not_judge_again_until_another_has(
     assert scoring.score(lake, model, policy, ALL).scored == 0
     assert scoring.score(lake, *newer, ALL).scored == 6
     assert scoring.score(lake, model, policy, ALL).scored == 6
+
+
+def test_successes_that_different_weights_judged_are_mined_once_one_has_judged_them_all(
+    put, sampled, model, policy, newer
+):
+    lake = put([row | {"run_id": f"night {row['sample_index']}"} for row in unscored(sampled)])
+    scoring.score(lake, model, policy, Selection("night 0"))
+    scoring.score(lake, *newer)
+    with pytest.raises(MiningError, match=r"\(3 by arith at version \d, 3 by arith .*score --rescore"):
+        mine(lake, MiningConfig())
+    scoring.score(lake, *newer, ALL)
+    assert mine(lake, MiningConfig()).clips == 3
+
+
+def test_rollouts_that_were_each_judged_by_the_weights_that_sampled_them_are_mined_together(
+    put, sampled, model, policy, newer
+):
+    older, later = unscored(sampled[:2]), unscored(sampled[2:])
+    by_newer = {"weights_hash": newer[1].weights_hash, "run_id": "later"}
+    lake = put([row | {"weights_hash": policy.weights_hash, "run_id": "older"} for row in older])
+    lake = put([row | by_newer for row in later])
+    scoring.score(lake, model, policy, Selection("older"))
+    scoring.score(lake, *newer, Selection("later"))
+    assert len(select(lake, "select distinct weights_hash from scorings")) == 2
+    assert mine(lake, MiningConfig()).clips == 3
+
+
+def test_entropies_of_unknown_weights_are_not_ranked_beside_those_of_known_ones(put, sampled, model, policy):
+    lake = put([row | {"entropy_kind": "rescored"} for row in sampled[:2]])
+    assert mine(lake, MiningConfig()).clips == 1
+    lake = put(unscored(sampled[2:]))
+    scoring.score(lake, model, policy)
+    with pytest.raises(MiningError, match=r"\(4 by arith at version 0, 2 by unknown weights\)"):
+        mine(lake, MiningConfig())
