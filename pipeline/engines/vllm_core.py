@@ -17,7 +17,8 @@ from pipeline.config import EngineConfig, SamplingConfig
 from pipeline.engines.base import GroupRequest
 from pipeline.engines.sampling import DrawRule
 from pipeline.engines.tap import Measured, TapRequest
-from pipeline.engines.vllm_start import EngineDead, start_vllm, stop_vllm, why
+from pipeline.engines.vllm_failures import EngineDead, why
+from pipeline.engines.vllm_start import start_vllm, stop_vllm
 from pipeline.errors import EngineError
 from pipeline.records import Float32, Group, Int32, Sample
 

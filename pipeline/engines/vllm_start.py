@@ -1,10 +1,9 @@
-"""Starting and stopping vLLM: its version, its settings, its processes, and what they say when they fail."""
+"""Starting and stopping vLLM: its version, its settings, its processes."""
 
 from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
 import tempfile
 import threading
@@ -17,20 +16,16 @@ from typing import Any
 from packaging.specifiers import SpecifierSet
 
 from pipeline.config import EngineConfig
+from pipeline.engines.vllm_failures import reason
 from pipeline.errors import EngineError
 
 TESTED_VERSIONS = SpecifierSet(">=0.32,<0.33")
 PROCESSOR = "pipeline.engines.vllm_tap:EntropyTapProcessor"
 EXTENSION = "pipeline.engines.vllm_tap.TapExtension"
-LOG_TAIL_BYTES = 200_000
 GIB = 2**30
 
 _starting = threading.Lock()  # the environment and the standard streams are the process's
 _in_process: list[Any] = []  # the engine whose core runs in this process; vLLM's globals allow one
-
-
-class EngineDead(Exception):
-    """vLLM's process ended or cannot be reached."""
 
 
 def installed_version() -> str | None:
@@ -95,7 +90,7 @@ def start_vllm(folder: Path, config: EngineConfig, index: int = 0, num_engines: 
             return engine
         finally:
             torch.set_num_threads = set_num_threads
-    raise EngineError(f"vLLM does not start with {folder}: {_reason(log_path, failure)}") from failure
+    raise EngineError(f"vLLM does not start with {folder}: {reason(log_path, failure)}") from failure
 
 
 def _announce_end(client: Any) -> None:
@@ -122,13 +117,6 @@ def stop_vllm(engine: Any) -> None:
     if engine in _in_process:
         _in_process.remove(engine)
     engine.echomine_log.unlink(missing_ok=True)
-
-
-def why(error: BaseException) -> str:
-    """The reason of a failure in one sentence: what vLLM's own log says, else the error itself."""
-    engine = error.args[0] if error.args else None
-    log_path = getattr(engine, "echomine_log", None)
-    return _reason(log_path, error) if log_path is not None else _sentence(str(error) or repr(error))
 
 
 def _arguments(folder: Path, config: EngineConfig) -> dict[str, Any]:
@@ -240,41 +228,3 @@ def _output_to(path: Path) -> Iterator[None]:
         for number, copy in kept:
             os.dup2(copy, number)
             os.close(copy)
-
-
-# What vLLM and PyTorch say when memory is short, and the setting that helps.
-_MEMORY = (
-    (
-        r"larger than the maximum number of tokens|KV cache.*(needed|is larger)|serve at least one request",
-        "lower engine.vllm.max_model_len, or raise engine.vllm.kv_cache_gib (CPU) or gpu_memory_utilization",
-    ),
-    (
-        r"on kv cache allocation is less than|can't allocate memory|MemoryError|Cannot allocate memory",
-        "lower engine.vllm.kv_cache_gib",
-    ),
-    (
-        r"CUDA out of memory|OutOfMemoryError|No available memory for the cache blocks|Free memory on device",
-        "lower engine.vllm.max_num_seqs or gpu_memory_utilization, or raise tensor_parallel",
-    ),
-)
-
-
-_RAISED = re.compile(r"^(?:\(.*?\) )?(?:ERROR [^\]]*\] )?((?:\w+\.)*\w*(?:Error|Exception): .+)$", re.M)
-
-
-def _reason(log_path: Path, error: BaseException) -> str:
-    """The last error in the log that is no mere echo of another; if it is memory, the setting to change."""
-    with log_path.open("rb") as file:
-        file.seek(max(0, log_path.stat().st_size - LOG_TAIL_BYTES))
-        text = file.read().decode("utf-8", "replace")
-    found = _RAISED.findall(text)
-    causes = [line for line in found if "See root cause" not in line and "EngineCore" not in line]
-    cause = _sentence(causes[-1] if causes else str(error) or repr(error))
-    for pattern, cure in _MEMORY:
-        if re.search(pattern, cause):
-            return f"{cause} It ran out of memory: {cure}. Its log is {log_path}."
-    return f"{cause} Its log is {log_path}."
-
-
-def _sentence(text: str) -> str:
-    return " ".join(text.split()).rstrip(".") + "."

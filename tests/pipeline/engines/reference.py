@@ -78,5 +78,10 @@ def check_whole(groups: Sequence[Group], requests: Sequence[GroupRequest], sampl
             assert sample.finish_reason in ("stop", "length")
 
 
-def ids_by_prompt(groups: Sequence[Group]) -> dict[str, list[list[int]]]:
-    return {g.prompt.prompt_id: [s.completion_ids.tolist() for s in g.samples] for g in groups}
+def ids_by_prompt(groups: Iterable[Group]) -> dict[str, list[list[int]]]:
+    """The completions of each group; a group that comes twice fails here."""
+    found: dict[str, list[list[int]]] = {}
+    for group in groups:
+        assert group.prompt.prompt_id not in found
+        found[group.prompt.prompt_id] = [sample.completion_ids.tolist() for sample in group.samples]
+    return found

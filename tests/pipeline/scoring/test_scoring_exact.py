@@ -16,7 +16,7 @@ from pipeline.models import load_model, model_folder
 from pipeline.prompts import read_prompts
 from pipeline.tokenization import load_tokenizer
 
-PROJECT = Path(__file__).resolve().parents[2]
+PROJECT = Path(__file__).resolve().parents[3]
 
 
 def arith_rollouts() -> list[Row]:
