@@ -106,3 +106,11 @@ def json_option(function: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="print one JSON object on standard output")(
         function
     )
+
+
+def tokenizer_option(function: F) -> F:
+    return click.option(
+        "--tokenizer",
+        type=click.Path(path_type=Path),
+        help="a tokenizer or model folder; default: the configured model's",
+    )(function)

@@ -22,6 +22,7 @@ from pipeline.sqlfiles import SQL_FOLDER, params_of
 FILES = sorted(path for path in SQL_FOLDER.rglob("*.sql") if path.name != "macros.sql")
 MAY_BE_EMPTY = {"checks"}  # a sound lake has no offending rows
 SCORER_PARAMS = {"rescore": True, "weights_hash": "0123", "tokenizer_hash": "4567", "context": 512}
+EXPORT_PARAMS = {"max_tokens": None, "first": 0, "last": 100}
 REPORT_PARAMS = {"night": date(2026, 3, 2), "model": "small", "num_clips": 20}
 
 
@@ -74,16 +75,19 @@ def reader(sample_lake) -> Iterator[Reader]:
         reader.materialize_rows("touched_groups", reader.touched_groups(reader.snapshot))
         export_drops = {"reason": ["max_tokens"], "num_dropped": [3]}
         reader.materialize_rows("export_drops", pa.table(export_drops))
+        reader.materialize_rows("excluded_prompts", pa.table({"prompt_id": ["none"], "messages": ["none"]}))
         every_run = params(sample_lake) | {"run_id": None}
         for stage in STAGES:
             reader.materialize(stage, (SQL_FOLDER / f"mining/{stage}.sql").read_text(), every_run)
+        decisions = (SQL_FOLDER / "staging/export_decisions.sql").read_text()
+        reader.materialize("export_decisions", decisions, every_run)
         yield reader
 
 
 def params(sample_lake) -> dict[str, object]:
     mining = MiningConfig(clips_per_group=2, max_policy_lag=7).model_dump()
     ids = {"run_id": sample_lake.run_id, "mining_id": sample_lake.mining_id, "incremental": False}
-    return {**mining, **LIMITS, **SCORER_PARAMS, **REPORT_PARAMS, **ids}
+    return {**mining, **LIMITS, **SCORER_PARAMS, **EXPORT_PARAMS, **REPORT_PARAMS, **ids}
 
 
 @pytest.fixture(params=FILES, ids=lambda path: str(path.relative_to(SQL_FOLDER)))
@@ -127,7 +131,11 @@ def test_the_params_are_those_that_the_query_binds(file):
 def test_the_inputs_are_the_relations_that_the_query_reads(file):
     code = re.sub(r"--[^\n]*", "", file.read_text())
     own = set(re.findall(r"^([a-z_]+) as \(", code, re.MULTILINE))
-    known = set(TABLES) | {relation_of(path) for path in FILES} | {"touched_groups", "export_drops"}
+    known = (
+        set(TABLES)
+        | {relation_of(path) for path in FILES}
+        | {"touched_groups", "export_drops", "excluded_prompts"}
+    )
     read = set(re.findall(r"\b(?:from|join)\s+([a-z_]+)(?![a-z_]*\()", code)) - own
     if "the catalog" in header_of(file).inputs:
         assert read <= {"ducklake_snapshots"}
