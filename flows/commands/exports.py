@@ -155,7 +155,10 @@ def _export(
 
 
 def _tokenizer(folder: Path | None, settings: NightlyConfig) -> Any:
-    from pipeline.models import model_folder
     from pipeline.tokenization import load_tokenizer
 
-    return load_tokenizer(folder or model_folder(settings.model))
+    if folder is None:
+        from pipeline.models import model_folder
+
+        folder = model_folder(settings.model)
+    return load_tokenizer(folder)

@@ -48,16 +48,28 @@ def prompt_messages(tokenizer: Any, known: str | None, prompt_ids: Int32) -> Mes
 
     Returns:
         None for a prompt that is known by its tokens only, and that no single user message makes again
-        (a chat with a system message, say): any other message would be another prompt.
+        (a chat of several turns, say): any other message would be another prompt.
     """
     if known is not None:
         return [{"role": message["role"], "content": message["content"]} for message in json.loads(known)]
-    message = {"role": "user", "content": completion_text(tokenizer, prompt_ids.tolist())}
+    message = {"role": "user", "content": _user_content(tokenizer, prompt_ids)}
     try:
         same = np.array_equal(prompt_messages_ids(tokenizer, [message]), prompt_ids)
     except PromptError:
         return None
     return [message] if same else None
+
+
+def _user_content(tokenizer: Any, prompt_ids: Int32) -> str:
+    """A prompt's text without what the chat template puts around a single user message."""
+    if not getattr(tokenizer, "chat_template", None):
+        return completion_text(tokenizer, prompt_ids.tolist())
+    mark = "user content"
+    rendered = tokenizer.apply_chat_template(
+        [{"role": "user", "content": mark}], add_generation_prompt=True, tokenize=False
+    )
+    before, _, after = rendered.rpartition(mark)
+    return str(tokenizer.decode(prompt_ids.tolist())).removeprefix(before).removesuffix(after)
 
 
 def held_with_messages(tokenizer: Any) -> Callable[[pa.Table], pa.Table]:
