@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -77,13 +76,13 @@ def clips(sample_lake: SampleLake) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_every_form_holds_every_clip_and_says_so(name, sample_lake, clips, tmp_path):
-    done = export(name, sample_lake, tmp_path, clips_per_shard=3)
+    done = export(name, sample_lake, tmp_path, clips_per_shard=4)
     manifest = json.loads((done.folder / "manifest.json").read_text())
     assert manifest == done.manifest
     assert (manifest["format"], manifest["clips"], manifest["dropped"]) == (name, len(clips), {})
     assert manifest["clip_tokens"] == sum(clip["clip_tokens"] for clip in clips)
     assert manifest["prompt_tokens"] == sum(len(clip["prompt_ids"]) for clip in clips)
-    assert [file["clips"] for file in manifest["files"]] == [3] * (len(clips) // 3) + [len(clips) % 3]
+    assert [file["clips"] for file in manifest["files"]] == [4, 2]
     assert len(rows_of(done)) == len(clips)
     for file in manifest["files"]:
         assert file_sha256(done.folder / file["file"]) == file["sha256"]
@@ -230,7 +229,7 @@ def test_clips_without_messages_are_left_out_of_chats_and_counted(tmp_path):
 @pytest.mark.parametrize("name", [name for name in WRITERS if name not in ("shards", "prime-rl")])
 def test_text_is_not_decoded_with_another_tokenizer(name, sample_lake, tmp_path):
     other = {"tokenizer": load_tokenizer(model_folder("arith")), "mining_id": sample_lake.mining_id}
-    with pytest.raises(FormatError, match="which is not the one given. Give the folder of the model"):
+    with pytest.raises(FormatError, match=r"which is not the one given\. Give the folder of the model"):
         WRITERS[name](sample_lake.lake, tmp_path, ExportConfig(), **other)
     assert list(tmp_path.iterdir()) == []
 
@@ -267,7 +266,7 @@ def test_every_form_says_the_same_of_a_lake_that_was_not_mined_and_a_folder_that
 
 def test_the_trainer_refuses_an_export_of_another_form(sample_lake, tmp_path):
     export("trl", sample_lake, tmp_path)
-    with pytest.raises(FormatError, match="holds an export of the form trl. Export shards"):
+    with pytest.raises(FormatError, match=r"holds an export of the form trl\. Export shards"):
         load_clips(tmp_path, "any tokenizer")
 
 
@@ -301,15 +300,12 @@ def test_luffy_and_sft_keep_characters_that_json_and_parquet_stumble_over(tmp_pa
     odd = 'é π "quoted" \\ 🙂\u2028 half\n#4'
     builder.add_group([odd, odd + "\n"], [1.0, 1.0], question="2\u2029+2\t\\?")
     lake = builder.commit()
-    mined = SampleLake(
-        lake, "run-1", mine(lake, MiningConfig(min_step_tokens=5)).mining_id, builder.tokenizer
-    )
+    mining = mine(lake, MiningConfig(min_step_tokens=5))
+    mined = SampleLake(lake, "run-1", mining.mining_id, builder.tokenizer)
     done = export("sft", mined, tmp_path / "sft")
-    lines = (done.folder / "clips-00000.jsonl").read_bytes().split(b"\n")
-    assert len(lines) == 2
-    messages = json.loads(lines[0])["messages"]
-    assert messages[0]["content"] == "2\u2029+2\t\\?"
-    assert odd.startswith(messages[1]["content"])
-    assert pa.table(pq.read_table(export("luffy", mined, tmp_path / "l").folder / "clips-00000.parquet"))[
-        "target"
-    ].to_pylist() == [[messages[1]]]
+    assert (done.folder / "clips-00000.jsonl").read_bytes().count(b"\n") == 1
+    ((question, answer),) = [row["messages"] for row in rows_of(done)]
+    assert question["content"] == "2\u2029+2\t\\?"
+    assert odd.startswith(answer["content"])
+    (row,) = rows_of(export("luffy", mined, tmp_path / "luffy"))
+    assert (row["prompt"], row["target"]) == ([question], [answer])
