@@ -192,9 +192,10 @@ def _parts(
 def _write_file(rows: pa.Table, path: Path) -> str:
     if path.suffix == ".parquet":
         return write_data_file(rows, path)
-    with path.open("w", encoding="utf-8") as lines:
+    with path.open("w", encoding="ascii") as lines:
         for batch in rows.to_batches(max_chunksize=256):
-            lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in batch.to_pylist())
+            # ASCII: some readers take U+2028, which models write, for the end of a line
+            lines.writelines(json.dumps(row) + "\n" for row in batch.to_pylist())
     return file_sha256(path)
 
 

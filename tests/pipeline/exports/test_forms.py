@@ -58,7 +58,7 @@ def rows_of(done: Export) -> list[dict[str, Any]]:
         if path.suffix == ".parquet":
             rows += pq.read_table(path).to_pylist()
         else:
-            rows += [json.loads(line) for line in path.read_text().splitlines()]
+            rows += [json.loads(line) for line in path.open(encoding="utf-8")]
     return rows
 
 
