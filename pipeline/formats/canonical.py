@@ -139,13 +139,15 @@ def check_files(files: Sequence[Path]) -> None:
 def _rows(files: Sequence[Path]) -> Iterator[tuple[str, Any]]:
     """Every row with its source (`file:line`), as a dict; a line that is no JSON comes as its text."""
     for path in files:
-        if path.suffix == ".parquet":
-            yield from _parquet_rows(path)
-            continue
-        with path.open(encoding="utf-8", errors="replace") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield f"{path.name}:{number}", _parsed(line)
+        yield from _parquet_rows(path) if path.suffix == ".parquet" else jsonl_rows(path)
+
+
+def jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Every line that is not blank with its source (`file:line`), parsed, or as its text if it is no JSON."""
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield f"{path.name}:{number}", _parsed(line)
 
 
 def _parsed(line: str) -> Any:
