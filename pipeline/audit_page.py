@@ -34,7 +34,6 @@ def write_audit_page(audit: Audit, files: Sequence[Path], path: Path) -> Path:
         colours=CLASS_COLOURS,
         meanings=CLASS_MEANINGS,
         mixed=audit.classes["mixed"].groups if "mixed" in audit.classes else 0,
-        most_missed=max((rule.missed for rule in audit.rules), default=0),
     )
     return write_page(page, path)
 
@@ -57,6 +56,6 @@ def _figures(audit: Audit) -> list[tuple[str, str, str]]:
         (
             number(audit.mined.clips),
             "EchoClips",
-            "could not be mined" if audit.mined.clips is None else "mined from them",
+            "not mined" if audit.mined.clips is None else "a mining would yield",
         ),
     ]

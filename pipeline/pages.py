@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import jinja2
@@ -41,7 +42,8 @@ def write_page(page: str, path: Path) -> Path:
         partial.write_bytes(page.encode())
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # its folder may be what is wrong
+            partial.unlink()
         raise LakeError(
             f"Cannot write the report {path}: {error.strerror or error}. Free space or mend the permissions, "
             "then run the command again."

@@ -79,6 +79,13 @@ def reader(sample_lake) -> Iterator[Reader]:
         every_run = params(sample_lake) | {"run_id": None}
         for stage in STAGES:
             reader.materialize(stage, (SQL_FOLDER / f"mining/{stage}.sql").read_text(), every_run)
+        reader.materialize(
+            "dump_rows",
+            "select row_number() over () as nth_row, group_id, sample_index, reward, group_size, origin, "
+            "len(completion_ids) as num_tokens from rollouts",
+            every_run,
+        )
+        reader.materialize("dump_rollouts", (SQL_FOLDER / "staging/dump_rollouts.sql").read_text(), every_run)
         decisions = (SQL_FOLDER / "staging/export_decisions.sql").read_text()
         reader.materialize("export_decisions", decisions, every_run)
         yield reader
@@ -134,7 +141,7 @@ def test_the_inputs_are_the_relations_that_the_query_reads(file):
     known = (
         set(TABLES)
         | {relation_of(path) for path in FILES}
-        | {"touched_groups", "export_drops", "excluded_prompts"}
+        | {"touched_groups", "export_drops", "excluded_prompts", "dump_rows"}
     )
     read = set(re.findall(r"\b(?:from|join)\s+([a-z_]+)(?![a-z_]*\()", code)) - own
     if "the catalog" in header_of(file).inputs:
