@@ -65,19 +65,23 @@ def dump_rows(
         tokenizer: counts the tokens of completions that a dump holds as text only.
         progress: called with the number of rows read so far.
     """
-    numbered = enumerate(rows)
+    good = _reward_rows(rows, tokenizer, refused)
     batches = []
-    while chunk := list(islice(numbered, _BATCH_ROWS)):
-        good = []
-        for number, row in chunk:
-            try:
-                good.append(_reward_row(number, row, tokenizer))
-            except FormatError as error:
-                refused[str(error)] += 1
-        batches.append(pa.RecordBatch.from_pylist(good, DUMP_ROWS))
+    while chunk := list(islice(good, _BATCH_ROWS)):
+        batches.append(pa.RecordBatch.from_pylist(chunk, DUMP_ROWS))
         if progress is not None:
-            progress(chunk[-1][0] + 1)
+            progress(chunk[-1]["nth_row"] + 1)
     return pa.Table.from_batches(batches, DUMP_ROWS)
+
+
+def _reward_rows(
+    rows: Iterator[SourceRow], tokenizer: Any | None, refused: Counter[str]
+) -> Iterator[dict[str, Any]]:
+    for number, row in enumerate(rows):
+        try:
+            yield _reward_row(number, row, tokenizer)
+        except FormatError as error:
+            refused[str(error)] += 1
 
 
 def _parquet_rows(path: Path) -> Iterator[SourceRow]:

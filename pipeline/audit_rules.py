@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from pipeline.trainer_rules import RULES, Rewards, Rule
+from pipeline.trainer_rules import RULES, Rule
 
 
 @dataclass(frozen=True)
@@ -41,25 +41,6 @@ class RuleFigures:
     largest_unfiltered: float | None
 
 
-@dataclass(frozen=True)
-class _Verdict:
-    """One rule on one group: does it keep it, and the |advantages| of its rollouts."""
-
-    rule: Rule
-    rewards: Rewards
-
-    @cached_property
-    def keeps(self) -> bool:
-        return self.rule.keeps(self.rewards)
-
-    @cached_property
-    def phantom(self) -> tuple[float, float]:
-        """The largest |advantage|, and the sum of all."""
-        assert self.rule.advantages is not None
-        sizes = np.abs(self.rule.advantages(self.rewards))
-        return float(sizes.max()), float(sizes.sum())
-
-
 @dataclass
 class _Tally:
     """What one rule made of the groups so far."""
@@ -73,21 +54,17 @@ class _Tally:
     largest: float = 0.0
     total: float = 0.0
     largest_unfiltered: float = 0.0
-    verdicts: dict[tuple[float, ...], _Verdict] = field(default_factory=dict)
 
     def add(self, group: Mapping[str, Any], mixed: bool) -> None:
         rewards = tuple(group["rewards"])
-        verdict = self.verdicts.get(rewards)
-        if verdict is None:  # most groups have the rewards of one before
-            verdict = self.verdicts[rewards] = _Verdict(self.rule, np.array(rewards, np.float64))
         if mixed:
-            if not verdict.keeps:
+            if not _keeps(self.rule, rewards):
                 self.dropped += 1
                 self.dropped_tokens = _plus(self.dropped_tokens, group["num_tokens"])
             return
-        largest, total = verdict.phantom if self.rule.advantages is not None else (0.0, 0.0)
+        largest, total = _phantom(self.rule, rewards)
         self.largest_unfiltered = max(self.largest_unfiltered, largest)
-        if verdict.keeps:
+        if _keeps(self.rule, rewards):
             self.missed += 1
             self.missed_rollouts += len(rewards)
             self.missed_tokens = _plus(self.missed_tokens, group["num_tokens"])
@@ -120,6 +97,20 @@ def rule_figures(groups: Iterable[Mapping[str, Any]]) -> tuple[RuleFigures, ...]
             for tally in tallies:
                 tally.add(group, mixed=group["group_class"] == "mixed")
     return tuple(tally.figures() for tally in tallies)
+
+
+@lru_cache(maxsize=65_536)  # most groups have the rewards of one before
+def _keeps(rule: Rule, rewards: tuple[float, ...]) -> bool:
+    return rule.keeps(np.array(rewards, np.float64))
+
+
+@lru_cache(maxsize=65_536)
+def _phantom(rule: Rule, rewards: tuple[float, ...]) -> tuple[float, float]:
+    """The largest |advantage| of a group's rollouts, and the sum of all; 0 if they are not known."""
+    if rule.advantages is None:
+        return 0.0, 0.0
+    sizes = np.abs(rule.advantages(np.array(rewards, np.float64)))
+    return float(sizes.max()), float(sizes.sum())
 
 
 def _plus(total: int | None, tokens: int | None) -> int | None:

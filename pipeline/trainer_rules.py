@@ -90,7 +90,7 @@ def prime_rl_keeps(rewards: Rewards) -> bool:
 
 def openrlhf_keeps(rewards: Rewards) -> bool:
     """`--dynamic_filtering_reward_range 0 1`: the mean of the float32 scores, added in float64."""
-    scores = _float64(_float32(rewards)).tolist()
+    scores: list[float] = _float64(_float32(rewards)).tolist()
     return 0.0 < sum(scores) / len(scores) < 1.0
 
 
