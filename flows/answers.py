@@ -1,4 +1,4 @@
-"""The answers of `echomine sql` in four forms, and the table of `echomine audit`."""
+"""The answers of `echomine sql` in four forms."""
 
 from __future__ import annotations
 
@@ -17,8 +17,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flows.commands.output import counted
-from pipeline.audit import Audit
 from pipeline.query import Selection
 
 MAX_CELL = 80  # characters; long lists would fill the screen
@@ -44,26 +42,6 @@ def write_answer(answer: Selection, form: str) -> None:
         buffer = BytesIO()
         pq.write_table(answer.table.rename_columns(answer.names), buffer, compression="zstd")
         sys.stdout.buffer.write(buffer.getvalue())
-
-
-def print_audit(audit: Audit) -> None:
-    """A table of the classes, and what their zero-advantage groups cost."""
-    table = Table("class", title="Groups by class", title_justify="left")
-    for name in ("groups", "rollouts", "completion tokens", "of all tokens"):
-        table.add_column(name, justify="right")
-    for name, figures in audit.classes.items():
-        share = figures.tokens / audit.tokens if audit.tokens else 0.0
-        table.add_row(
-            name, f"{figures.groups:,}", f"{figures.rollouts:,}", f"{figures.tokens:,}", f"{share:.1%}"
-        )
-    Console(highlight=False, width=None if sys.stdout.isatty() else 100).print(table)
-    click.echo(
-        f"Zero-advantage groups: {audit.zero_advantage_tokens:,} of {audit.tokens:,} completion tokens "
-        f"({audit.zero_advantage_share:.1%}) taught nothing."
-    )
-    click.echo(f"Mining them would yield {audit.clips:,} EchoClips; dropped: {counted(audit.dropped)}.")
-    if audit.refused:
-        click.echo(f"Rows left out: {counted(audit.refused)}.")
 
 
 def _rows(table: pa.Table) -> list[tuple[Any, ...]]:

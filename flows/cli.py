@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import click
 
-from flows.commands import ask, care, clips, look, night, rollouts
+from flows.commands import ask, care, clips, exports, look, night, rollouts
 from flows.commands.group import echomine
 from pipeline.errors import EchoMineError
 
@@ -19,7 +19,7 @@ _IN_ORDER = (
     rollouts.score,
     rollouts.import_,
     clips.mine,
-    clips.export,
+    exports.export,
     clips.train,
     ask.sql,
     look.report,

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 import click
 from pydantic import BaseModel
 
+from pipeline import formats
 from pipeline.config import DEFAULT_LAKE, EngineConfig
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -111,7 +112,25 @@ def snapshot_option(function: F) -> F:
     )(function)
 
 
+def format_option(function: F) -> F:
+    """`--format`, which every command has that reads dumps."""
+    return click.option(
+        "--format",
+        "format_name",
+        type=click.Choice(formats.NAMES),
+        help="what wrote the files; default: by their content",
+    )(function)
+
+
 def json_option(function: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="print one JSON object on standard output")(
         function
     )
+
+
+def tokenizer_option(function: F) -> F:
+    return click.option(
+        "--tokenizer",
+        type=click.Path(path_type=Path),
+        help="a tokenizer or model folder; default: the configured model's",
+    )(function)

@@ -16,14 +16,15 @@ from flows import announce
 from flows.progress import training_progress
 from pipeline import generate as generation
 from pipeline import mine as mining
-from pipeline import runs, scoring, shards
+from pipeline import runs, scoring
 from pipeline.config import NightlyConfig
+from pipeline.exports.core import Export
+from pipeline.exports.shards import export_shards
 from pipeline.ingest import Ingested
 from pipeline.mine import Mining
 from pipeline.night_report import write_night_report
 from pipeline.runs import NightRun
 from pipeline.scoring import Scored
-from pipeline.shards import Export
 from trainer.night import train_on_shards
 
 P = ParamSpec("P")
@@ -85,7 +86,7 @@ def mine(run: NightRun) -> Mining:
 
 @stage("export")
 def export(run: NightRun, mined: Mining) -> Export:
-    return shards.export_shards(run.lake(), run.lake_folder / "shards", run.config.export, mined.mining_id)
+    return export_shards(run.lake(), run.lake_folder / "shards", run.config.export, mined.mining_id)
 
 
 @stage("train")

@@ -1,29 +1,53 @@
-"""The audit: what share of a training's rollouts taught nothing, read from its dumps alone."""
+"""The audit: what a training's rollouts taught, and what its trainer made of them, read from its dumps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from pipeline.audit_rows import dump_rows, source_rows
+from pipeline.audit_rules import RuleFigures, rule_figures
 from pipeline.config import MiningConfig
-from pipeline.formats.canonical import check_files, import_canonical
+from pipeline.errors import EchoMineError
+from pipeline.formats.source_rows import Format
+from pipeline.importing import check_dumps, import_rollouts
 from pipeline.lake import Lake
+from pipeline.lake_reader import Reader
 from pipeline.mine import mine
 from pipeline.sqlfiles import sql_file
 
 ZERO_ADVANTAGE = ("all_success", "all_fail", "all_equal")
+_BATCH_GROUPS = 4096
 
 
 @dataclass(frozen=True)
 class ClassFigures:
-    """One class of groups: how many, with how many rollouts and completion tokens."""
+    """One class of groups: how many, with how many rollouts and completion tokens (None: not known)."""
 
     groups: int
     rollouts: int
-    tokens: int
+    tokens: int | None
+
+
+@dataclass(frozen=True)
+class Yield:
+    """What mining the dumps would give.
+
+    Attributes:
+        clips: EchoClips; None if they could not be mined.
+        dropped: clips (for `unscored`: groups) that the mining would drop, by reason.
+        refused: rows that could not be read as rollouts, by reason.
+        why_not: why they could not be mined, if they could not.
+    """
+
+    clips: int | None
+    dropped: Mapping[str, int]
+    refused: Mapping[str, int]
+    why_not: str = ""
 
 
 @dataclass(frozen=True)
@@ -32,64 +56,113 @@ class Audit:
 
     Attributes:
         classes: figures by class of group; classes that do not occur are left out.
-        clips: EchoClips that a mining would yield.
-        dropped: clips (for `unscored`: groups) that it would drop, by reason.
-        refused: rows that could not be read as rollouts, by reason; they are in no other figure.
+        rules: what the rule of each trainer makes of the groups.
+        refused: rows without a group or a reward, by reason; they are in no figure of classes and rules.
     """
 
     classes: Mapping[str, ClassFigures]
-    clips: int
-    dropped: Mapping[str, int]
+    rules: tuple[RuleFigures, ...]
     refused: Mapping[str, int]
+    mined: Yield
 
     @property
-    def tokens(self) -> int:
-        """Completion tokens of all groups."""
-        return sum(figures.tokens for figures in self.classes.values())
+    def groups(self) -> int:
+        return sum(figures.groups for figures in self.classes.values())
 
     @property
-    def zero_advantage_tokens(self) -> int:
+    def zero_advantage_groups(self) -> int:
+        return sum(self.classes[name].groups for name in ZERO_ADVANTAGE if name in self.classes)
+
+    @property
+    def tokens(self) -> int | None:
+        """Completion tokens of all groups; None where the dump does not tell."""
+        return _sum(figures.tokens for figures in self.classes.values())
+
+    @property
+    def zero_advantage_tokens(self) -> int | None:
         """Completion tokens of groups whose rollouts all earned the same reward."""
-        return sum(self.classes[name].tokens for name in ZERO_ADVANTAGE if name in self.classes)
+        if self.tokens is None:
+            return None
+        return _sum(self.classes[name].tokens for name in ZERO_ADVANTAGE if name in self.classes) or 0
 
     @property
-    def zero_advantage_share(self) -> float:
+    def zero_advantage_share(self) -> float | None:
         """Of all completion tokens, from 0 to 1; 0 if there are none."""
+        if self.tokens is None or self.zero_advantage_tokens is None:
+            return None
         return self.zero_advantage_tokens / self.tokens if self.tokens else 0.0
 
 
 def audit(
-    files: Sequence[Path],
-    tokenizer: Any,
+    dumps: Sequence[tuple[Path, Format]],
+    tokenizer: Any | None,
     config: MiningConfig,
     progress: Callable[[int], None] | None = None,
 ) -> Audit:
-    """Imports canonical dumps into a lake of their own, mines it, and counts; the lake is gone afterwards.
+    """Classes the groups of dumps by their rewards, judges trainers' rules, and mines what can be mined.
+
+    It all happens in a lake of its own, which is gone afterwards.
 
     Args:
+        dumps: each with the format that reads it.
+        tokenizer: of the model that sampled; without it nothing is mined, and text has no tokens.
         progress: called with the number of rows read so far.
 
     Raises:
-        FormatError: a file is missing, cut off, of another kind, or lacks a required column.
-        MiningError: the dumps hold several kinds of entropy, and the config selects none.
+        FormatError: a file is missing, cut off, or of another kind.
     """
-    check_files(files)
+    refused: Counter[str] = Counter()
     with TemporaryDirectory(prefix="echomine-audit-") as folder:
         lake = Lake.create(Path(folder) / "lake")
-        import_canonical(lake, files, tokenizer, progress)
-        mined = mine(lake, config)
+        rows = dump_rows(source_rows(dumps), tokenizer, refused, progress)
         with lake.reader() as reader:
-            params = config.model_dump() | {"run_id": None, "incremental": False}
-            reader.materialize_rows("touched_groups", reader.touched_groups(reader.snapshot))
-            reader.materialize("group_classes", sql_file("mining/group_classes"), params)
-            figures = reader.rows(sql_file("reports/class_figures"))
-            refused = reader.rows("select reason, count(*) as n from quarantine group by all order by reason")
-    return Audit(
-        {
-            row["group_class"]: ClassFigures(row["num_groups"], row["num_rollouts"], row["num_tokens"])
-            for row in figures
-        },
-        mined.clips,
-        mined.dropped,
-        {row["reason"]: row["n"] for row in refused},
-    )
+            reader.materialize_rows("dump_rows", rows)
+            del rows
+            _classify(reader, config)
+            groups: Counter[str] = Counter()
+            rollouts: Counter[str] = Counter()
+            tokens: dict[str, int | None] = {}
+
+            def counted() -> Iterator[Mapping[str, Any]]:
+                for batch in reader.batches(sql_file("reports/dump_groups"), _BATCH_GROUPS):
+                    for group in batch.to_pylist():
+                        name = group["group_class"]
+                        groups[name] += 1
+                        rollouts[name] += group["num_rollouts"]
+                        tokens[name] = _sum((tokens.get(name), group["num_tokens"]))
+                        yield group
+
+            rules = rule_figures(counted())
+        mined = _mined(lake, dumps, tokenizer, config)
+    classes = {name: ClassFigures(groups[name], rollouts[name], tokens[name]) for name in sorted(groups)}
+    return Audit(classes, rules, dict(sorted(refused.items())), mined)
+
+
+def _classify(reader: Reader, config: MiningConfig) -> None:
+    reader.materialize("dump_rollouts", sql_file("staging/dump_rollouts"), {})
+    # In this session the dump's rollouts stand where the lake's would: the rule of classes reads them.
+    reader.materialize("rollouts", "select * from dump_rollouts", {})
+    reader.materialize_rows("touched_groups", reader.touched_groups(reader.snapshot))
+    params = config.model_dump() | {"run_id": None, "incremental": False}
+    reader.materialize("group_classes", sql_file("mining/group_classes"), params)
+
+
+def _mined(
+    lake: Lake, dumps: Sequence[tuple[Path, Format]], tokenizer: Any | None, config: MiningConfig
+) -> Yield:
+    if tokenizer is None:
+        return Yield(None, {}, {}, "steps need token texts: give the model's folder with --tokenizer")
+    try:
+        check_dumps(dumps)
+        import_rollouts(lake, dumps, tokenizer)
+        found = mine(lake, config)
+    except EchoMineError as error:
+        return Yield(None, {}, {}, str(error))
+    with lake.reader() as reader:
+        refused = reader.rows("select reason, count(*) as n from quarantine group by all order by reason")
+    return Yield(found.clips, found.dropped, {row["reason"]: row["n"] for row in refused})
+
+
+def _sum(values: Any) -> int | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None

@@ -50,17 +50,22 @@ class Imported:
 def with_formats(files: Sequence[Path], name: str | None = None) -> list[tuple[Path, Format]]:
     """Each dump with the format that reads it: the one named, or the one that recognizes it.
 
-    Nothing is written yet, so a mistyped path costs nothing.
+    Raises:
+        FormatError: a file is missing, or its format is not clear.
+    """
+    return [(path, formats.named(name) if name else formats.format_of(path)) for path in files]
+
+
+def check_dumps(dumps: Sequence[tuple[Path, Format]]) -> None:
+    """Begins to read every dump. Nothing is written yet, so a mistyped path costs nothing.
 
     Raises:
-        FormatError: a file is missing, cannot be read, or the format is not clear.
+        FormatError: a file is missing, of another kind, or lacks what its format requires.
     """
-    found = [(path, formats.named(name) if name else formats.format_of(path)) for path in files]
-    for path, kind in found:
+    for path, kind in dumps:
         if not path.exists():
             raise FormatError(f"There is no file {path}. Check the path.")
         next(kind.read(path), None)
-    return found
 
 
 def import_rollouts(
@@ -155,8 +160,8 @@ def _prompts(part: pa.Table) -> pa.Table | None:
     if not spoken.num_rows:
         return None
     ids = spoken["prompt_id"].to_pylist()
-    first = [ids.index(name) for name in dict.fromkeys(ids)]
-    chosen = spoken.take(first)
+    first = {name: place for place, name in reversed(list(enumerate(ids)))}
+    chosen = spoken.take(sorted(first.values()))
     count = len(first)
     given = {name: chosen[name] for name in ("prompt_id", "data_source", "messages", "ground_truth")}
     made = {"extra_info": ["{}"] * count, "created_at": [datetime.now(UTC)] * count}

@@ -5,14 +5,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import altair as alt
-import jinja2
 import polars as pl
 import pyarrow as pa
 import vl_convert
@@ -23,11 +20,11 @@ from pipeline.config import MiningConfig
 from pipeline.errors import LakeError, MiningError
 from pipeline.lake import Lake
 from pipeline.lake_reader import Reader
+from pipeline.pages import page_template, write_page
 from pipeline.report_clips import NUM_SHADES, clip_views
-from pipeline.report_text import embedded_json, finalize, number, percent
+from pipeline.report_text import number, percent
 from pipeline.sqlfiles import sql_file
 
-TEMPLATES = Path(__file__).resolve().parent / "templates"
 LIMITS = {"num_bins": 20, "max_nights": 30, "max_versions": 30, "max_rollouts": 20_000, "max_reasons": 8}
 NUM_CLIPS = 20
 
@@ -91,7 +88,7 @@ def write_report(
         clips=clips,
         shades=range(NUM_SHADES + 1),
     )
-    return _written(page, path)
+    return write_page(page, path)
 
 
 def _mining(reader: Reader, mining_id: str) -> dict[str, Any]:
@@ -164,15 +161,6 @@ def _cards(reader: Reader, params: Mapping[str, Any]) -> list[charts.Chart]:
 
 
 def _page(**values: Any) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        finalize=finalize,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": number, "embedded_json": embedded_json}
     # Altair says "v6.4.1" where vl-convert says "6.4".
     vega_lite = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
     # Without a snippet the bundle sets window.vegaEmbed; vl-convert's stub forgot that it may be left out.
@@ -180,23 +168,8 @@ def _page(**values: Any) -> str:
     # A browser reads "\r\n" as "\n", and hashes what it read.
     script = (bundle + _DRAW).replace("\r\n", "\n").replace("</script", "<\\/script")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.get_template("report.html").render(
+    return page_template("report.html").render(
         **values,
         script=Markup(script),  # noqa: S704 - ours and the library's, no text of the lake
         script_hash=f"sha256-{digest}",
     )
-
-
-def _written(page: str, path: Path) -> Path:
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(page.encode())
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise LakeError(
-            f"Cannot write the report {path}: {error.strerror or error}. Free space or mend the permissions, "
-            "then run the command again."
-        ) from error
-    return path

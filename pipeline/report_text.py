@@ -58,3 +58,8 @@ def number(value: Any, digits: int = 0) -> str:
 
 def percent(part: float, whole: float) -> str:
     return "–" if not whole else f"{100 * part / whole:.1f} %"
+
+
+def phantom(advantage: float | None) -> str:
+    """An advantage that should be 0, for readers: three digits, or a dash if it is not known."""
+    return "–" if advantage is None else f"{advantage:.3g}"

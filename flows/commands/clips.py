@@ -1,4 +1,4 @@
-"""`echomine mine`, `export` and `train`: from groups to clips, to shards, to optimizer steps."""
+"""`echomine mine` and `train`: from groups to clips, and from clips to optimizer steps."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 import click
 
-from flows.commands.group import EXAMPLE, Commands, echomine
+from flows.commands.group import EXAMPLE, echomine
 from flows.commands.output import counted, print_json
 from flows.options import common_options, json_option, night_settings, section_options, snapshot_option
-from pipeline.config import ExportConfig, MiningConfig, TrainConfig, load_config
+from pipeline.config import MiningConfig, TrainConfig, load_config
 from pipeline.errors import NothingToMine
 
 
@@ -76,48 +76,6 @@ def _simulate(lake: Path, what_if: str, snapshot: int | None, run_id: str | None
         from flows.tables import print_simulation
 
         print_simulation(simulation)
-
-
-@echomine.group(
-    cls=Commands,
-    short_help="Write mined clips for training.",
-    epilog=EXAMPLE + "echomine export shards data/shards",
-)
-def export() -> None:
-    """Write mined clips for training."""
-
-
-@export.command(
-    short_help="Parquet shards with a manifest.",
-    epilog=EXAMPLE + "echomine export shards data/shards --exclude-prompts eval.jsonl --max-tokens 4096",
-)
-@click.argument("folder", type=click.Path(path_type=Path))
-@common_options
-@json_option
-@section_options(ExportConfig)
-@click.option("--mining", "mining_id", help="which mining's clips; default: the newest")
-@snapshot_option
-def shards(
-    folder: Path,
-    lake: Path,
-    config: Path | None,
-    as_json: bool,
-    mining_id: str | None,
-    snapshot: int | None,
-    **options: Any,
-) -> None:
-    """Parquet shards of EchoClips with a manifest; FOLDER/latest.json names the newest export."""
-    settings = load_config(config, {"export": options}).export
-    from pipeline.lake import Lake
-    from pipeline.shards import export_shards
-
-    done = export_shards(Lake.open(lake), folder, settings, mining_id, snapshot)
-    if as_json:
-        print_json({"folder": str(done.folder), **done.manifest})
-    else:
-        click.echo(f"{done.clips} clips in {done.folder}; left out: {counted(done.dropped)}")
-    if not done.clips:
-        raise NothingToMine("No clip was left to export. The counts say which rule left out what.")
 
 
 @echomine.command(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,8 @@ from typing import Any
 import click
 
 from flows.commands.group import EXAMPLE, echomine
-from flows.commands.output import print_json
-from flows.options import common_options, json_option, section_options, snapshot_option
+from flows.commands.output import note, print_json
+from flows.options import common_options, format_option, json_option, section_options, snapshot_option
 from pipeline.config import MiningConfig, load_config
 
 
@@ -41,41 +40,50 @@ def report(
 
 
 @echomine.command(
-    short_help="What share of a dump's tokens taught nothing.",
-    epilog=EXAMPLE + "echomine audit dump.parquet --tokenizer data/arith/model",
+    short_help="What a dump's groups taught, and what trainers made of them.",
+    epilog=EXAMPLE + "echomine audit dump.parquet --tokenizer data/arith/model --html audit.html",
 )
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
     "--tokenizer",
     type=click.Path(path_type=Path),
-    help="a tokenizer or model folder; default: the configured model's",
+    help="a tokenizer or model folder; without it no EchoClips are counted",
 )
+@format_option
+@click.option("--html", type=click.Path(path_type=Path), help="write the audit as a page, too")
 @click.option("--config", type=click.Path(path_type=Path), help="a TOML file with settings")
 @json_option
 @section_options(MiningConfig)
 def audit(
-    files: tuple[Path, ...], tokenizer: Path | None, config: Path | None, as_json: bool, **options: Any
+    files: tuple[Path, ...],
+    tokenizer: Path | None,
+    format_name: str | None,
+    html: Path | None,
+    config: Path | None,
+    as_json: bool,
+    **options: Any,
 ) -> None:
-    """Count a training's groups by class, and what its zero-advantage groups cost, from canonical dumps.
+    """Count a training's groups by class, what its zero-advantage groups cost, and which of them the rules of
+    other trainers take for signal.
 
-    Nothing is kept: the lake of EchoMine is neither read nor written.
+    A group and a reward in each row are enough. Nothing is kept: the lake of EchoMine is neither read nor
+    written.
     """
     settings = load_config(config, {"mining": options})
-    from flows.answers import print_audit
+    from flows.audit_table import audit_json, print_audit
     from flows.progress import bar
     from pipeline.audit import audit as audit_dumps
-    from pipeline.models import model_folder
+    from pipeline.audit_page import write_audit_page
+    from pipeline.importing import with_formats
     from pipeline.tokenization import load_tokenizer
 
-    loaded = load_tokenizer(tokenizer or model_folder(settings.model))
+    loaded = load_tokenizer(tokenizer) if tokenizer else None
+    dumps = with_formats(files, format_name)
     with bar("reading rows", None) as update:
-        found = audit_dumps(files, loaded, settings.mining, update)
+        found = audit_dumps(dumps, loaded, settings.mining, update)
     if as_json:
-        totals = {
-            "tokens": found.tokens,
-            "zero_advantage_tokens": found.zero_advantage_tokens,
-            "zero_advantage_share": found.zero_advantage_share,
-        }
-        print_json(asdict(found) | totals)
+        print_json(audit_json(found))
     else:
         print_audit(found)
+    if html is not None:
+        note(f"The page is {write_audit_page(found, files, html)}")

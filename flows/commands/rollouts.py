@@ -10,8 +10,7 @@ import click
 
 from flows.commands.group import EXAMPLE, Commands, echomine
 from flows.commands.output import note, print_counts
-from flows.options import common_options, json_option, section_options
-from pipeline import formats
+from flows.options import common_options, format_option, json_option, section_options
 from pipeline.config import NightlyConfig, ScoreConfig, load_config
 from pipeline.errors import ConfigError, FormatError
 
@@ -36,14 +35,7 @@ def import_() -> None:
     epilog=EXAMPLE + "echomine import rollouts dumps/*.jsonl --tokenizer data/arith/model --score-with arith",
 )
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option(
-    "--format",
-    "format_name",
-    type=click.Choice(["auto", *formats.NAMES]),
-    default="auto",
-    show_default=True,
-    help="what wrote the files; auto: by their content",
-)
+@format_option
 @click.option(
     "--tokenizer",
     type=click.Path(path_type=Path),
@@ -58,7 +50,7 @@ def import_() -> None:
 @json_option
 def import_rollouts(
     files: tuple[Path, ...],
-    format_name: str,
+    format_name: str | None,
     tokenizer: Path | None,
     score_with: str | None,
     lake: Path,
@@ -86,7 +78,8 @@ def import_rollouts(
                 f"{score_with} has another tokenizer than {tokenizer}, so it cannot score these rollouts. "
                 "Leave --tokenizer out, or score with the model that sampled them."
             )
-    dumps = importing.with_formats(files, None if format_name == "auto" else format_name)
+    dumps = importing.with_formats(files, format_name)
+    importing.check_dumps(dumps)
     opened = Lake.create(lake)
     with bar("importing rows", None) as update:
         done = importing.import_rollouts(opened, dumps, loaded, update)

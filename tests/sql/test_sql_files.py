@@ -20,9 +20,17 @@ from pipeline.schema import TABLES
 from pipeline.sqlfiles import SQL_FOLDER, params_of
 
 FILES = sorted(path for path in SQL_FOLDER.rglob("*.sql") if path.name != "macros.sql")
-GIVEN = {"touched_groups", "export_drops", "incoming_rollouts", "staged_rollouts"}  # by the pipeline
+GIVEN = {
+    "touched_groups",
+    "export_drops",
+    "excluded_prompts",
+    "dump_rows",
+    "incoming_rollouts",
+    "staged_rollouts",
+}  # by the pipeline
 MAY_BE_EMPTY = {"checks"}  # a sound lake has no offending rows
 SCORER_PARAMS = {"rescore": True, "weights_hash": "0123", "tokenizer_hash": "4567", "context": 512}
+EXPORT_PARAMS = {"max_tokens": None, "first": 0, "last": 100}
 REPORT_PARAMS = {"night": date(2026, 3, 2), "model": "small", "num_clips": 20}
 
 
@@ -80,16 +88,26 @@ def reader(sample_lake) -> Iterator[Reader]:
         reader.materialize("incoming_rollouts", incoming, {})
         staged = "select nth, 0 as file, false as is_refused, * exclude (nth) from incoming_rollouts"
         reader.materialize("staged_rollouts", staged, {})
+        reader.materialize_rows("excluded_prompts", pa.table({"prompt_id": ["none"], "messages": ["none"]}))
         every_run = params(sample_lake) | {"run_id": None}
         for stage in STAGES:
             reader.materialize(stage, (SQL_FOLDER / f"mining/{stage}.sql").read_text(), every_run)
+        reader.materialize(
+            "dump_rows",
+            "select row_number() over () as nth_row, group_id, sample_index, reward, group_size, origin, "
+            "len(completion_ids) as num_tokens from rollouts",
+            every_run,
+        )
+        reader.materialize("dump_rollouts", (SQL_FOLDER / "staging/dump_rollouts.sql").read_text(), every_run)
+        decisions = (SQL_FOLDER / "staging/export_decisions.sql").read_text()
+        reader.materialize("export_decisions", decisions, every_run)
         yield reader
 
 
 def params(sample_lake) -> dict[str, object]:
     mining = MiningConfig(clips_per_group=2, max_policy_lag=7).model_dump()
     ids = {"run_id": sample_lake.run_id, "mining_id": sample_lake.mining_id, "incremental": False}
-    return {**mining, **LIMITS, **SCORER_PARAMS, **REPORT_PARAMS, **ids}
+    return {**mining, **LIMITS, **SCORER_PARAMS, **EXPORT_PARAMS, **REPORT_PARAMS, **ids}
 
 
 @pytest.fixture(params=FILES, ids=lambda path: str(path.relative_to(SQL_FOLDER)))

@@ -5,8 +5,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.config import ExportConfig
+from pipeline.exports.shards import export_shards
 from pipeline.lake import Lake
-from pipeline.shards import UnknownTokenizer, export_shards
+from pipeline.shards import UnknownTokenizer
 from trainer.echoclips import EchoClips
 from trainer.learner import mean_clip_loss
 

@@ -13,14 +13,16 @@ import pytest
 from lake_worker import rollout
 from sample_lake import LakeBuilder, SampleLake
 
-import pipeline.shards
+import pipeline.exports.core
 from pipeline.config import ExportConfig, MiningConfig
 from pipeline.errors import FormatError, LakeError, MiningError, NothingToMine
+from pipeline.exports.core import Export
+from pipeline.exports.shards import SHARD, export_shards
 from pipeline.hashing import file_sha256
 from pipeline.ingest import ingest
 from pipeline.lake import Lake
 from pipeline.mine import mine
-from pipeline.shards import SHARD, Export, UnknownTokenizer, export_shards, load_clips
+from pipeline.shards import UnknownTokenizer, load_clips
 from pipeline.tokenization import tokenizer_hash
 
 QUESTIONS = ["What is 17+25?", "What is 40+2?"]
@@ -132,7 +134,7 @@ def test_a_crash_while_writing_leaves_no_half_export(
     mined: SampleLake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = exported(mined, tmp_path)
-    write, calls = pipeline.shards.write_data_file, []
+    write, calls = pipeline.exports.core.write_data_file, []
 
     def failing(*arguments: object) -> str:
         calls.append(arguments)
@@ -140,7 +142,7 @@ def test_a_crash_while_writing_leaves_no_half_export(
             raise KeyboardInterrupt
         return write(*arguments)
 
-    monkeypatch.setattr(pipeline.shards, "write_data_file", failing)
+    monkeypatch.setattr(pipeline.exports.core, "write_data_file", failing)
     with pytest.raises(KeyboardInterrupt):
         exported(mined, tmp_path, clips_per_shard=1)
     assert {path.name for path in tmp_path.iterdir()} == {"latest.json", first.folder.name}
@@ -190,7 +192,7 @@ def no_manifest(folder: Path) -> None:
         (lose_a_file, "is missing or not as it was exported"),
         (newer_format, "has format 2. Update EchoMine"),
         (no_json, "is no JSON"),
-        (no_manifest, "is no manifest of shards"),
+        (no_manifest, "is no manifest of an export"),
     ],
 )
 def test_a_damaged_export_is_refused_and_can_be_written_again(
