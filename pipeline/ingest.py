@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
-from pipeline.hashing import rollout_id
 from pipeline.lake import Lake
 from pipeline.records import Prompt
 from pipeline.rollouts import Refused, checked, prompt_table, quarantine_table, rollout_table
+from pipeline.sqlfiles import sql_file
+
+_POLICY = ("prompt_id", "model", "policy_version")
+_CLAIM = ("rollout_id", "group_id", "sample_index", "reward", "origin", *_POLICY)
 
 
 @dataclass(frozen=True)
@@ -48,71 +52,64 @@ def ingest(
     """
     good, bad = checked(rows, sources)
     source_of = {id(row): source for row, source in zip(rows, sources, strict=True)}
-    good, conflicting = _without_conflicts(lake, good, source_of)
-    all_refused = [*refused, *bad, *conflicting]
-    tables: dict[str, pa.Table] = {"rollouts": rollout_table(good)}
-    if prompts:
-        tables["prompts"] = prompt_table(prompts)
+    prompts_table = prompt_table(prompts) if prompts else None
+    return ingest_table(
+        lake,
+        rollout_table(good),
+        lambda row: (source_of[id(good[row])], good[row]),
+        prompts_table,
+        [*refused, *bad],
+    )
+
+
+def ingest_table(
+    lake: Lake,
+    rows: pa.Table,
+    origin_of: Callable[[int], tuple[str, Mapping[str, Any]]],
+    prompts: pa.Table | None = None,
+    refused: Sequence[Refused] = (),
+) -> Ingested:
+    """`ingest` of rows that are checked and named.
+
+    Args:
+        rows: of the schema of `rollouts`.
+        origin_of: the source of a row, by its number, and what of it goes to quarantine.
+        prompts: of the schema of `prompts`.
+
+    Raises:
+        LakeError: the lake cannot be written; then nothing of this call is in it.
+    """
+    reasons = _conflicts(lake, rows) if rows.num_rows else {}
+    conflicting = [
+        Refused(reason, source, dict(row))
+        for reason, (source, row) in ((reason, origin_of(number)) for number, reason in reasons.items())
+    ]
+    good = rows
+    if reasons:
+        good = rows.take(np.setdiff1d(np.arange(rows.num_rows), list(reasons)))
+    all_refused = [*refused, *conflicting]
+    tables: dict[str, pa.Table] = {"rollouts": good}
+    if prompts is not None:
+        tables["prompts"] = prompts
     if all_refused:
         tables["quarantine"] = quarantine_table(all_refused)
     new = lake.commit(tables)
-    return Ingested(new["rollouts"], len(good) - new["rollouts"], len(all_refused))
+    return Ingested(new["rollouts"], good.num_rows - new["rollouts"], len(all_refused))
 
 
-@dataclass
-class _Held:
-    """What the lake and the rows so far hold of some groups.
-
-    Attributes:
-        places: rollout and reward by (group, sample index).
-        policies: (prompt, model, policy version) by group; experts aside.
-    """
-
-    places: dict[tuple[str, int], tuple[str, float]] = field(default_factory=dict)
-    policies: dict[str, tuple[Any, Any, Any]] = field(default_factory=dict)
-
-    def conflict(self, row: dict[str, Any]) -> str | None:
-        """Why the row contradicts what is held, or None; then it is held too."""
-        group, index = row["group_id"], int(row["sample_index"])
-        if row.get("origin") != "expert":
-            policy = (row.get("prompt_id"), row.get("model"), row.get("policy_version"))
-            known = self.policies.setdefault(group, policy)
-            if known != policy:
-                return f"group {group} is of one prompt, model and policy version: {known}, not {policy}"
-        content = (
-            rollout_id(group, index, row["prompt_ids"], row["completion_ids"]),
-            float(row["reward"]),
-        )
-        if self.places.setdefault((group, index), content) != content:
-            return f"duplicate: sample {index} of group {group} is there with another content"
-        return None
-
-
-def _without_conflicts(
-    lake: Lake, rows: list[dict[str, Any]], source_of: dict[int, str]
-) -> tuple[list[dict[str, Any]], list[Refused]]:
-    """Refuses rows that contradict their group: another prompt or policy, or a place that is taken."""
-    held = _held(lake, rows)
-    good, refused = [], []
-    for row in rows:
-        reason = held.conflict(row)
-        if reason is None:
-            good.append(row)
-        else:
-            refused.append(Refused(reason, source_of[id(row)], row))
-    return good, refused
-
-
-def _held(lake: Lake, rows: Sequence[dict[str, Any]]) -> _Held:
-    groups = pa.table({"group_id": pa.array(sorted({row["group_id"] for row in rows}), pa.string())})
-    held = _Held()
+def _conflicts(lake: Lake, rows: pa.Table) -> dict[int, str]:
+    """Why rows contradict their group, by their number: another prompt or policy, or a taken place."""
+    numbers = pa.array(np.arange(rows.num_rows))
     with lake.reader() as reader:
-        reader.materialize_rows("incoming_groups", groups)
-        for row in reader.rows(
-            "select group_id, sample_index, rollout_id, reward, origin, prompt_id, model, policy_version "
-            "from rollouts where group_id in (select incoming_groups.group_id from incoming_groups)"
-        ):
-            held.places[row["group_id"], row["sample_index"]] = row["rollout_id"], row["reward"]
-            if row["origin"] != "expert":
-                held.policies[row["group_id"]] = row["prompt_id"], row["model"], row["policy_version"]
-    return held
+        reader.materialize_rows("incoming_rollouts", rows.select(_CLAIM).append_column("nth", numbers))
+        found = reader.rows(sql_file("staging/conflicts"))
+    return {conflict["nth"]: _reason(rows, conflict) for conflict in found}
+
+
+def _reason(rows: pa.Table, conflict: Mapping[str, Any]) -> str:
+    row = rows.select(_CLAIM).slice(conflict["nth"], 1).to_pylist()[0]
+    group = row["group_id"]
+    if conflict["conflict"] == "content":
+        return f"duplicate: sample {row['sample_index']} of group {group} is there with another content"
+    known, given = (tuple(place[name] for name in _POLICY) for place in (conflict, row))
+    return f"group {group} is of one prompt, model and policy version: {known}, not {given}"

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from pipeline import schema
 from pipeline.config import SamplingConfig
+from pipeline.flat_lists import Lists
 from pipeline.hashing import rollout_id
 from pipeline.records import Group, Judgement, Policy, Prompt, Run, group_id
 from pipeline.steps import SPLITTER, StepSpanError, mean_step_entropies
@@ -105,7 +106,7 @@ def checked(
     good: list[dict[str, Any]] = []
     refused: list[Refused] = []
     for row, source in zip(rows, sources, strict=True):
-        reason = _problem(row)
+        reason = problem_of(row)
         if reason:
             refused.append(Refused(reason, source, row))
         else:
@@ -113,7 +114,8 @@ def checked(
     return good, refused
 
 
-def _problem(row: dict[str, Any]) -> str | None:
+def problem_of(row: dict[str, Any]) -> str | None:
+    """Why a row may not enter the lake: its entropies, log-probs, reward or steps; None if it may."""
     num_tokens = len(row["completion_ids"])
     for name in ("completion_entropies", "completion_logprobs"):
         values = row.get(name)
@@ -155,15 +157,28 @@ def rollout_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
     Raises:
         StepSpanError: step ends that do not cover their completion.
     """
+    return named(unnamed_table(rows))
+
+
+def unnamed_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
+    """`rollout_table` of rows that may have no place in their group yet: rollout_id is null."""
     columns: dict[str, Any] = {field.name: [row.get(field.name) for row in rows] for field in schema.ROLLOUTS}
-    columns["rollout_id"] = [
-        rollout_id(row["group_id"], row["sample_index"], row["prompt_ids"], row["completion_ids"])
-        for row in rows
-    ]
     columns["step_entropies"] = [_step_entropies(row) for row in rows]
     return pa.table(
         {field.name: pa.array(columns[field.name], field.type) for field in schema.ROLLOUTS}, schema.ROLLOUTS
     )
+
+
+def named(table: pa.Table) -> pa.Table:
+    """The table with the name of each rollout, which its place and its tokens give it."""
+    prompts, completions = Lists(table["prompt_ids"]), Lists(table["completion_ids"])
+    places = zip(table["group_id"].to_pylist(), table["sample_index"].to_pylist(), strict=True)
+    names = [
+        rollout_id(group, index, prompts.row(row), completions.row(row))
+        for row, (group, index) in enumerate(places)
+    ]
+    at = table.column_names.index("rollout_id")
+    return table.set_column(at, "rollout_id", pa.array(names, pa.string()))
 
 
 def _step_entropies(row: dict[str, Any]) -> Any:

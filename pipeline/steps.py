@@ -16,6 +16,9 @@ from pipeline.errors import EchoMineError
 DELIMITER = "\n"
 SPLITTER = "newline-1"  # recorded beside each rollout; a changed rule gets another number
 
+# What the rule asks of one token, as bits. Special tokens have none.
+CONTENT, LEADS, TRAILS, BLANK = 1, 2, 4, 8  # content; delimiter before, after its content; without content
+
 
 class StepSpanError(EchoMineError):
     """Step ends that do not cover a completion."""
@@ -46,28 +49,49 @@ def step_ends(
     Returns:
         [S] exclusive ends, strictly increasing, the last equal to T; empty for no tokens.
     """
-    ends: list[int] = []
-    gap_end: int | None = None  # after the last token of the gap with a delimiter in it
-    seen_content = False
     special = frozenset(special_positions)
-    for position, text in enumerate(token_texts):
-        if position in special:
-            continue
-        body = text.strip()
-        if not body:
-            if delimiter in text:
-                gap_end = position + 1
-            continue
-        if seen_content:
-            if gap_end is not None:
-                ends.append(gap_end)
-            elif delimiter in text[: text.index(body)]:
-                ends.append(position)
-        seen_content = True
-        gap_end = position + 1 if delimiter in text[text.index(body) + len(body) :] else None
-    if len(token_texts):
-        ends.append(len(token_texts))
-    return ends
+    flags = [0 if i in special else token_flags(text, delimiter) for i, text in enumerate(token_texts)]
+    ends, _ = step_ends_of_all(np.array(flags, dtype=np.uint8), np.array([0, len(flags)]))
+    return [int(end) for end in ends]
+
+
+def token_flags(text: str, delimiter: str = DELIMITER) -> int:
+    """The bits of a token that is not special, from the text it adds."""
+    body = text.strip()
+    if not body:
+        return BLANK if delimiter in text else 0
+    start = text.index(body)
+    leads = LEADS if delimiter in text[:start] else 0
+    trails = TRAILS if delimiter in text[start + len(body) :] else 0
+    return CONTENT | leads | trails
+
+
+def step_ends_of_all(
+    flags: NDArray[np.uint8], offsets: NDArray[np.int64]
+) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """`step_ends` of many completions at once. N = all tokens, R = completions, S = all steps.
+
+    Args:
+        flags: [N] bits of each token, see `token_flags`; completions one after the other.
+        offsets: [R + 1] where in `flags` each completion begins.
+
+    Returns:
+        [S] exclusive ends within each completion, completions one after the other, and [R] their numbers.
+    """
+    lengths = np.diff(offsets)
+    content = np.flatnonzero(flags & CONTENT)
+    holders = np.flatnonzero(flags & (TRAILS | BLANK))  # tokens with a delimiter in the gap after content
+    row = np.searchsorted(offsets, content[1:], side="right") - 1
+    before, after = content[:-1], content[1:]  # neighbouring content tokens, and the gap between them
+    in_one_row = before >= offsets[row]
+    last = np.searchsorted(holders, after) - 1  # the last holder before `after`
+    holder = np.where(last >= 0, holders[last] if len(holders) else 0, -1)
+    held = holder >= before
+    splits = in_one_row & (held | ((flags[after] & LEADS) > 0))
+    inner = np.where(held, holder + 1, after)[splits]
+    ends = np.sort(np.concatenate([inner, offsets[1:][lengths > 0]]))
+    row = np.searchsorted(offsets, ends, side="left") - 1
+    return np.asarray(ends - offsets[row], np.int32), np.bincount(row, minlength=len(lengths))
 
 
 def mean_step_entropies(

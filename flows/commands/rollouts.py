@@ -11,8 +11,9 @@ import click
 from flows.commands.group import EXAMPLE, Commands, echomine
 from flows.commands.output import note, print_counts
 from flows.options import common_options, json_option, section_options
-from pipeline.config import ScoreConfig, load_config
-from pipeline.errors import FormatError
+from pipeline import formats
+from pipeline.config import NightlyConfig, ScoreConfig, load_config
+from pipeline.errors import ConfigError, FormatError
 
 if TYPE_CHECKING:
     from pipeline.ingest import Ingested
@@ -32,35 +33,70 @@ def import_() -> None:
 @import_.command(
     "rollouts",
     short_help="Import dumps of rollouts.",
-    epilog=EXAMPLE + "echomine import rollouts dump.parquet --format canonical --tokenizer data/arith/model",
+    epilog=EXAMPLE + "echomine import rollouts dumps/*.jsonl --tokenizer data/arith/model --score-with arith",
 )
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
-    "--format", type=click.Choice(["canonical"]), default="canonical", show_default=True, expose_value=False
+    "--format",
+    "format_name",
+    type=click.Choice(["auto", *formats.NAMES]),
+    default="auto",
+    show_default=True,
+    help="what wrote the files; auto: by their content",
 )
 @click.option(
-    "--tokenizer", required=True, type=click.Path(path_type=Path), help="a tokenizer or model folder"
+    "--tokenizer",
+    type=click.Path(path_type=Path),
+    help="folder of the tokenizer or model that sampled the dumps; default: the --score-with model's",
+)
+@click.option(
+    "--score-with",
+    metavar="MODEL",
+    help="compute the entropies that the dumps lack: arith, smollm2 or a folder",
 )
 @common_options
 @json_option
 def import_rollouts(
-    files: tuple[Path, ...], tokenizer: Path, lake: Path, config: Path | None, as_json: bool
+    files: tuple[Path, ...],
+    format_name: str,
+    tokenizer: Path | None,
+    score_with: str | None,
+    lake: Path,
+    config: Path | None,
+    as_json: bool,
 ) -> None:
     """Import dumps of rollouts; rows that cannot enter go to quarantine with the reason (exit code 2)."""
-    load_config(config)
+    settings = load_config(config, {"model": score_with} if score_with else None)
     from flows.progress import bar
-    from pipeline.formats.canonical import check_files, import_canonical
+    from pipeline import importing
     from pipeline.lake import Lake
+    from pipeline.models import model_folder
     from pipeline.tokenization import load_tokenizer
 
-    loaded = load_tokenizer(tokenizer)
-    check_files(files)
+    if tokenizer is None and score_with is None:
+        raise ConfigError(
+            "Steps are split by the text of their tokens, and no tokenizer is given. Give --tokenizer: the "
+            "folder of the tokenizer (or the model) that sampled the dumps."
+        )
+    loaded = load_tokenizer(tokenizer or model_folder(settings.model))
+    dumps = importing.with_formats(files, None if format_name == "auto" else format_name)
     opened = Lake.create(lake)
     with bar("importing rows", None) as update:
-        done = import_canonical(opened, files, loaded, update)
-    print_counts(as_json, asdict(done))
-    if done.refused:
-        raise _refused(opened, done, files)
+        done = importing.import_rollouts(opened, dumps, loaded, update)
+    for sentence in sorted(done.assumed):
+        note(sentence)
+    counts: dict[str, Any] = asdict(done.rows)
+    waiting = importing.num_unscored(opened, sorted(done.run_ids))
+    if score_with is not None and waiting:
+        counts |= {"scored": sum(_scored(opened, settings, run)["scored"] for run in sorted(done.run_ids))}
+    elif waiting:
+        note(
+            f"{waiting} rollouts have no entropies yet, and `mine` passes over them. "
+            f"Score them: echomine score --model MODEL --lake {lake}"
+        )
+    print_counts(as_json, counts)
+    if done.rows.refused:
+        raise _refused(opened, done.rows, files)
 
 
 def _refused(lake: Lake, done: Ingested, files: tuple[Path, ...]) -> FormatError:
@@ -111,20 +147,25 @@ def score(
     together. Log-probs that are there stay, since they tell how the tokens were sampled.
     """
     settings = load_config(config, {"model": model, "score": options})
+    from pipeline.lake import Lake
+
+    print_counts(as_json, _scored(Lake.open(lake), settings, run_id, rescore))
+
+
+def _scored(lake: Lake, settings: NightlyConfig, run_id: str | None, rescore: bool = False) -> dict[str, int]:
+    """Scores with the configured model; what it left waiting is said, and the numbers returned."""
     from flows.progress import bar
     from pipeline import scoring
-    from pipeline.lake import Lake
     from pipeline.models import load_model, model_folder, policy_of
     from pipeline.tokenization import load_tokenizer
 
-    folder, opened = model_folder(settings.model), Lake.open(lake)
+    folder = model_folder(settings.model)
     policy = policy_of(folder, settings.model, load_tokenizer(folder))
     selection = scoring.Selection(run_id, rescore)
-    waiting = scoring.num_waiting(opened, policy, selection)
+    waiting = scoring.num_waiting(lake, policy, selection)
     loaded = load_model(folder, settings.engine.device, settings.engine.dtype)
     with bar("scoring rollouts", waiting) as update:
-        done = scoring.score(opened, loaded, policy, selection, settings.score.batch_tokens, update)
-    print_counts(as_json, {name: value for name, value in asdict(done).items() if value is not None})
+        done = scoring.score(lake, loaded, policy, selection, settings.score.batch_tokens, update)
     if done.other_tokenizer or done.unreadable:
         note(
             f"{done.other_tokenizer + done.unreadable} rollouts still wait: {done.other_tokenizer} are of "
@@ -133,3 +174,4 @@ def score(
         )
     if done.batch_tokens is not None:
         note(f"Memory ran out, so passes were made smaller. Set score.batch_tokens to {done.batch_tokens}.")
+    return {name: value for name, value in asdict(done).items() if value is not None}

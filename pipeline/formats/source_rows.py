@@ -5,25 +5,34 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SourceRow:
     """One rollout of a dump, or what is left of it.
 
     Attributes:
         source: file name and line (or row) from 1: `dump.jsonl:17`.
         values: columns of `rollouts` by name. The prompt is `prompt_ids`, or `messages` (a list of
-            {"role", "content"}, rendered with the chat template), or `prompt_text` (what the model
-            read, tokenized as it stands). The completion is `completion_ids`, or the text in `completion`.
-            `ground_truth` and `data_source` go to the prompt. What a dump does not say is left out.
-        problem: why the row cannot be read as a rollout; then `values` is what goes to quarantine.
+            {"role", "content"}, rendered with the chat template; `prompt` is the text of one user message),
+            or `prompt_text` (what the model read, tokenized as it stands). The completion is
+            `completion_ids`, or the text in `completion`. `ground_truth` and `data_source` go to the prompt.
+            What a dump does not say is left out; without a `sample_index` the rows of a group are numbered
+            as they stand in their file.
+        problem: why the row cannot be read as a rollout; then `values` is what goes to quarantine, and its
+            `group_id`, `sample_index` and `origin` still count in the size of the group.
+        assumed: what the reader had to assume because the dump does not say it, as one sentence. The user
+            is told each such sentence once.
     """
 
     source: str
     values: Mapping[str, Any]
     problem: str | None = None
+    assumed: str | None = None
 
 
 class Format(Protocol):
@@ -39,4 +48,16 @@ class Format(Protocol):
 
         Raises:
             FormatError: the file is missing, cut off, or of another kind: nothing of it can be read.
+        """
+
+
+@runtime_checkable
+class ColumnarFormat(Protocol):
+    """A format that can give whole columns of some files, which is an order of magnitude faster."""
+
+    def tables(self, path: Path) -> Iterator[pa.Table] | None:
+        """The rows of `read` as tables of bounded size; None if rows are all that this file has.
+
+        Columns are named as in `SourceRow.values`; `problem`, where there is one, is as there. The n-th
+        row is the source `file:n`.
         """
