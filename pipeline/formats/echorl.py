@@ -88,8 +88,9 @@ def _values(row: Mapping[str, Any], folder: Path, pad_id: int | None) -> dict[st
             "completion_entropies": entropies.tolist(),
             # the release's scripts sample and train at temperature 1
             "entropy_kind": "full_vocab",
-            "reward": sample.get("reward"),
-            "policy_version": None if golden else sample.get("step"),
+            # nothing is said of most experts, and what is given to be learned is held to be right
+            "reward": 1.0 if golden and sample.get("reward") is None else sample.get("reward"),
+            "policy_version": sample.get("step"),
             "origin": "expert" if golden else "policy",
             # responses are padded to the limit: one without padding ran into it
             "finish_reason": "length" if whole and not padding else "stop",

@@ -73,13 +73,16 @@ def rollouts(
     """What `values` makes of each row, numbered within its group in the order they come.
 
     A row that is refused keeps its place in the group: a rollout that is lost must not make the rest
-    look like a whole group. Memory grows with the number of groups, not of rows.
+    look like a whole group. All have the policy version of the group's first, since trainers that sample
+    while they train mix versions in a group, and a group is of one. Memory grows with the number of groups,
+    not of rows.
 
     Args:
         group: the group's name; None if the row does not say.
         values: the row in the words of `rollouts`; raises FormatError with the reason it refuses.
     """
     numbers: Counter[str] = Counter()
+    versions: dict[str, dict[str, Any]] = {}
     for row in rows:
         if row.problem:
             yield row
@@ -91,7 +94,9 @@ def rollouts(
                 raise FormatError("the row does not say which group it belongs to")
             place = {"group_id": name, "sample_index": numbers[name]}
             numbers[name] += 1
-            yield SourceRow(row.source, place | values(row.values))
+            made = place | values(row.values)
+            version = {"policy_version": made.pop("policy_version")} if "policy_version" in made else {}
+            yield SourceRow(row.source, made | versions.setdefault(name, version))
         except FormatError as error:
             yield SourceRow(row.source, {**row.values, **place}, str(error))
 

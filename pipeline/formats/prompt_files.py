@@ -49,6 +49,7 @@ def expert_rows(path: Path, values: Callable[[Mapping[str, Any]], dict[str, Any]
             values(row)
             | {
                 "origin": "expert",
+                "reward": 1.0,  # nothing is said, and what is given to be learned is held to be right
                 "ground_truth": _ground_truth(row),
                 "data_source": source if isinstance(source, str) else None,
             }

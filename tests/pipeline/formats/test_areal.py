@@ -24,7 +24,7 @@ def test_text_versions_and_rewards_come_as_they_stand() -> None:
         "policy_version": 4,
     }
     assert (second.values["sample_index"], second.values["reward"]) == (1, 0.0)
-    assert (old.values["reward"], "policy_version" in old.values) == (1.0, False)
+    assert (old.values["reward"], old.values["policy_version"]) == (1.0, 4)
 
 
 def test_the_reward_is_the_one_before_scaling(tmp_path: Path) -> None:
@@ -35,6 +35,18 @@ def test_the_reward_is_the_one_before_scaling(tmp_path: Path) -> None:
 def test_the_version_is_the_oldest_that_its_tokens_came_from(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", [ROW | {"head_version": 2, "tail_version": 9}])
     assert values(read("areal", path))[0]["policy_version"] == 2
+
+
+def test_a_group_is_of_one_version_that_of_its_first_sample(tmp_path: Path) -> None:
+    heads = [ROW | {"head_version": head} for head in (4, 6, -1)]
+    other = ROW | {"task_id": 12, "head_version": 6}
+    path = write_lines(tmp_path / "a.jsonl", [*heads, other])
+    assert [row["policy_version"] for row in values(read("areal", path))] == [4, 4, 4, 6]
+
+
+def test_a_version_that_no_token_came_from_is_none(tmp_path: Path) -> None:
+    (row,) = values(read("areal", write_lines(tmp_path / "a.jsonl", [ROW | {"head_version": -1}])))
+    assert "policy_version" not in row
 
 
 def test_a_trajectory_of_several_segments_is_refused_and_keeps_its_place() -> None:

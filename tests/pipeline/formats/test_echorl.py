@@ -58,7 +58,7 @@ def test_samples_of_one_prompt_and_step_are_a_group() -> None:
     rows = values(read("echorl", FILE))
     assert len({row["group_id"] for row in rows}) == 1
     assert [row["sample_index"] for row in rows] == [0, 1, 2, 3]
-    assert [row.get("reward") for row in rows] == [1.0, 0.0, 0.0, None]
+    assert [row["reward"] for row in rows] == [1.0, 0.0, 0.0, 1.0]
 
 
 def test_a_response_without_padding_ran_into_the_limit() -> None:
@@ -66,21 +66,22 @@ def test_a_response_without_padding_ran_into_the_limit() -> None:
     assert (row["completion_ids"], row["finish_reason"]) == ([52] * 4, "length")
 
 
-def test_golden_trajectories_are_experts_of_no_policy_version() -> None:
+def test_golden_trajectories_are_experts_in_the_group_of_their_prompt() -> None:
     row = read("echorl", FILE)[3].values
     assert (row["origin"], row["prompt_ids"]) == ("expert", [1, 2, 3, 4, 5])
     assert (row["completion_ids"], row["completion_entropies"]) == ([52, 10, 128], [0.5, 0.75, 1.0])
-    assert not {"reward", "policy_version"} & row.keys()
+    assert row["reward"] == 1.0
+    assert row["group_id"] == read("echorl", FILE)[0].values["group_id"]
 
 
 def test_unpadded_samples_of_the_release_s_script_are_read_as_they_stand(folder: Path) -> None:
     golden = json.loads((folder / "samples.json").read_text())["golden_trajectories"][0]
-    golden |= {"prompt_ids": [1, 2, 3], "response_ids": [52, 10, 128], "reward": 1.0}
+    golden |= {"prompt_ids": [1, 2, 3], "response_ids": [52, 10, 128], "reward": 0.5}
     dump = {"step": 0, "correct_rollouts": [], "wrong_rollouts": [], "golden_trajectories": [golden]}
     (folder / "samples.json").write_text(json.dumps(dump))
     (row,) = values(read("echorl", folder / "samples.json"))
     assert (row["prompt_ids"], row["completion_ids"]) == ([1, 2, 3], [52, 10, 128])
-    assert (row["reward"], row["finish_reason"]) == (1.0, "stop")
+    assert (row["reward"], row["finish_reason"]) == (0.5, "stop")
 
 
 def test_without_any_padded_response_the_padding_of_prompts_is_unknown(folder: Path) -> None:

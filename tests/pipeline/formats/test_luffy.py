@@ -31,6 +31,7 @@ def test_a_target_is_the_completion_of_an_expert() -> None:
         "messages": PROMPT,
         "completion": "<think>\nTwo and two.\n</think>\n4",
         "origin": "expert",
+        "reward": 1.0,
         "ground_truth": "4",
         "data_source": "sums",
     }

@@ -22,6 +22,7 @@ def test_the_pieces_of_a_hint_are_the_completion_of_an_expert() -> None:
         "prompt_text": "2+2?",
         "completion": "Two and two\nis 4.",
         "origin": "expert",
+        "reward": 1.0,
         "ground_truth": "4",
         "data_source": "sums",
     }
