@@ -173,9 +173,9 @@ def is_count(value: Any) -> bool:
 def _fits(row: dict[str, Any]) -> dict[str, Any]:
     """The row, if each scalar fits its column; a wrong type is this row's fault, not the batch's."""
     if isinstance(row.get("night"), str):
-        row["night"] = _date(row["night"])
+        row["night"] = date_of(row["night"])
     if isinstance(row.get("created_at"), str):
-        row["created_at"] = _time(row["created_at"])
+        row["created_at"] = time_of(row["created_at"])
     if isinstance(row.get("reward_parts"), dict):
         row["reward_parts"] = list(row["reward_parts"].items())
     for name, least in LEAST.items():
@@ -199,14 +199,14 @@ def _fits(row: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def _date(text: str) -> date:
+def date_of(text: str) -> date:
     try:
         return date.fromisoformat(text)
     except ValueError:
         raise FormatError(f"night {text!r:.40} is no date like 2026-05-31") from None
 
 
-def _time(text: str) -> datetime:
+def time_of(text: str) -> datetime:
     try:
         time = datetime.fromisoformat(text)
     except ValueError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -11,7 +11,9 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import schema
+from pipeline.errors import FormatError
 from pipeline.flat_lists import Mask
+from pipeline.import_rows import date_of, time_of
 
 _IDS, _NATS = pa.list_(pa.int32()), pa.list_(pa.float32())
 _WORDS = ("prompt", "prompt_text", "messages", "ground_truth", "data_source")
@@ -20,6 +22,12 @@ _PLAIN: dict[pa.DataType, set[type]] = {
     pa.int32(): {int},
     pa.int64(): {int},
     pa.float64(): {int, float},
+}
+# What JSON says in another way: the Python type, and how it is read.
+_READ: dict[pa.DataType, tuple[type, Callable[[Any], Any]]] = {
+    pa.date32(): (str, date_of),
+    pa.timestamp("us", tz="UTC"): (str, time_of),
+    pa.map_(pa.string(), pa.float64()): (dict, lambda parts: list(parts.items())),
 }
 _ITEMS: dict[pa.DataType, set[type]] = {_IDS: {int}, _NATS: {int, float}}
 
@@ -87,7 +95,8 @@ def _alike(given: pa.DataType, wanted: pa.DataType) -> bool:
 
 def _array(values: list[Any], wanted: pa.DataType, sure: Mask) -> pa.Array:
     """The values as an array; of those that do not fit, `sure` is made false."""
-    values = [list(v.items()) if isinstance(v, dict) else v for v in values] if _is_map(wanted) else values
+    if wanted in _READ:
+        values = [_read(value, *_READ[wanted]) for value in values]
     try:
         if _plain(values, wanted):
             return pa.array(values, wanted)
@@ -104,8 +113,12 @@ def _array(values: list[Any], wanted: pa.DataType, sure: Mask) -> pa.Array:
     return pa.array(values, wanted)
 
 
-def _is_map(wanted: pa.DataType) -> bool:
-    return bool(pa.types.is_map(wanted))
+def _read(value: Any, kind: type, read: Callable[[Any], Any]) -> Any:
+    """The value as Arrow takes it; one that cannot be read as it is, which Arrow then refuses."""
+    try:
+        return read(value) if isinstance(value, kind) else value
+    except FormatError:
+        return value
 
 
 def _plain(values: list[Any], wanted: pa.DataType) -> bool:

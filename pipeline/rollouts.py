@@ -163,6 +163,7 @@ def rollout_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
 def unnamed_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
     """`rollout_table` of rows that may have no place in their group yet: rollout_id is null."""
     columns: dict[str, Any] = {field.name: [row.get(field.name) for row in rows] for field in schema.ROLLOUTS}
+    columns["reward"] = [float(row["reward"]) for row in rows]  # Arrow refuses whole numbers beyond 2^53
     columns["step_entropies"] = [_step_entropies(row) for row in rows]
     return pa.table(
         {field.name: pa.array(columns[field.name], field.type) for field in schema.ROLLOUTS}, schema.ROLLOUTS

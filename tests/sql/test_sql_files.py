@@ -20,6 +20,7 @@ from pipeline.schema import TABLES
 from pipeline.sqlfiles import SQL_FOLDER, params_of
 
 FILES = sorted(path for path in SQL_FOLDER.rglob("*.sql") if path.name != "macros.sql")
+GIVEN = {"touched_groups", "export_drops", "incoming_rollouts", "staged_rollouts"}  # by the pipeline
 MAY_BE_EMPTY = {"checks"}  # a sound lake has no offending rows
 SCORER_PARAMS = {"rescore": True, "weights_hash": "0123", "tokenizer_hash": "4567", "context": 512}
 REPORT_PARAMS = {"night": date(2026, 3, 2), "model": "small", "num_clips": 20}
@@ -74,6 +75,11 @@ def reader(sample_lake) -> Iterator[Reader]:
         reader.materialize_rows("touched_groups", reader.touched_groups(reader.snapshot))
         export_drops = {"reason": ["max_tokens"], "num_dropped": [3]}
         reader.materialize_rows("export_drops", pa.table(export_drops))
+        # the lake's rollouts, come again: by name, and with another reward in the same places
+        incoming = "select row_number() over () as nth, * replace (reward + 1 as reward) from rollouts"
+        reader.materialize("incoming_rollouts", incoming, {})
+        staged = "select nth, 0 as file, false as is_refused, * exclude (nth) from incoming_rollouts"
+        reader.materialize("staged_rollouts", staged, {})
         every_run = params(sample_lake) | {"run_id": None}
         for stage in STAGES:
             reader.materialize(stage, (SQL_FOLDER / f"mining/{stage}.sql").read_text(), every_run)
@@ -127,7 +133,7 @@ def test_the_params_are_those_that_the_query_binds(file):
 def test_the_inputs_are_the_relations_that_the_query_reads(file):
     code = re.sub(r"--[^\n]*", "", file.read_text())
     own = set(re.findall(r"^([a-z_]+) as \(", code, re.MULTILINE))
-    known = set(TABLES) | {relation_of(path) for path in FILES} | {"touched_groups", "export_drops"}
+    known = set(TABLES) | {relation_of(path) for path in FILES} | GIVEN
     read = set(re.findall(r"\b(?:from|join)\s+([a-z_]+)(?![a-z_]*\()", code)) - own
     if "the catalog" in header_of(file).inputs:
         assert read <= {"ducklake_snapshots"}
