@@ -18,7 +18,7 @@ from pipeline.formats.fields import (
 )
 from pipeline.formats.json_rows import rollouts
 from pipeline.formats.source_rows import SourceRow
-from pipeline.hashing import content_id
+from pipeline.hashing import content_id, file_sha256
 
 
 def columns(path: Path) -> list[str]:
@@ -31,17 +31,23 @@ def columns(path: Path) -> list[str]:
         return []
 
 
-def expert_rows(path: Path, values: Callable[[Mapping[str, Any]], dict[str, Any]]) -> Iterator[SourceRow]:
-    """Each row as an expert's rollout; `values` gives prompt and completion.
+def expert_rows(
+    name: str, path: Path, values: Callable[[Mapping[str, Any]], dict[str, Any]]
+) -> Iterator[SourceRow]:
+    """Each row as an expert's rollout; `values` gives prompt and completion, `name` is the format's.
 
-    The group is named after the prompt, so that it is the same whatever the file is called.
+    Rows of a file with the same prompt and ground truth are a group.
 
     Raises:
-        FormatError: the file is no whole Parquet file.
+        FormatError: the file is missing, or no whole Parquet file.
     """
+    if not path.is_file():
+        raise FormatError(f"There is no file {path}. Check the path.")
+    file = file_sha256(path)[:16]
 
     def group(row: Mapping[str, Any]) -> str:
-        return "expert/" + content_id(messages(row.get("prompt"), "prompt"), _ground_truth(row))[:16]
+        asked = messages(row.get("prompt"), "prompt")
+        return f"{name}/{file}/{content_id(asked, _ground_truth(row))[:16]}"
 
     def with_source(row: Mapping[str, Any]) -> dict[str, Any]:
         source = row.get("data_source")

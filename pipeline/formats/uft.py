@@ -30,7 +30,7 @@ def read(path: Path) -> Iterator[SourceRow]:
     Raises:
         FormatError: the file is no whole Parquet file.
     """
-    yield from expert_rows(path, _values)
+    yield from expert_rows(NAME, path, _values)
 
 
 def _values(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -51,11 +51,11 @@ def test_of_several_messages_the_first_is_taken(tmp_path: Path) -> None:
     assert row["completion"] == "4"
 
 
-def test_the_group_is_named_after_the_prompt_whatever_the_file_is_called(tmp_path: Path) -> None:
+def test_rows_of_a_file_with_the_same_prompt_and_truth_are_a_group(tmp_path: Path) -> None:
     row = {"prompt": PROMPT, "target": TARGET, "reward_model": {"ground_truth": "4"}}
     other = row | {"reward_model": {"ground_truth": "5"}}
     first, second, third = values(read("luffy", written(tmp_path, row, row, other)))
-    assert first["group_id"] == read("luffy", FILE)[0].values["group_id"]
+    assert first["group_id"] != read("luffy", FILE)[0].values["group_id"]
     assert (second["group_id"], second["sample_index"]) == (first["group_id"], 1)
     assert third["group_id"] != first["group_id"]
 
