@@ -16,8 +16,17 @@ if TYPE_CHECKING:
 
 # Modules are imported when they are asked for, so that the command starts without them.
 NAMES = (
+    "areal",
     "canonical",
+    "echorl",
+    "luffy",
+    "nemo-rl",
+    "prime-rl",
+    "slime",
+    "trinity",
     "trl",
+    "uft",
+    "verifiers",
     "verl",
 )
 

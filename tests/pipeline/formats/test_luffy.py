@@ -81,5 +81,5 @@ def test_a_file_that_is_cut_off_is_an_error_that_says_so(tmp_path: Path) -> None
     path = tmp_path / "cut.parquet"
     path.write_bytes((DUMPS / FILE).read_bytes()[:-20])
     assert not FORMATS["luffy"].recognizes(path)
-    with pytest.raises(FormatError, match=r"cut\.parquet is no whole Parquet file"):
+    with pytest.raises(FormatError, match=r"cut\.parquet is no complete Parquet file"):
         read("luffy", path)
