@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.formats.fields import is_count
-from pipeline.formats.json_rows import SUFFIXES, parsed_line
+from pipeline.formats.json_lines import parsed
 from pipeline.formats.source_rows import SourceRow
 
 _FOLDER = "annotations"
@@ -39,12 +39,12 @@ def annotated(stream: Path, rows: Iterator[SourceRow]) -> Iterator[SourceRow]:
 def _places(folder: Path) -> dict[str, tuple[Path, int]]:
     """Where the newest update with entropies starts, per trace."""
     places: dict[str, tuple[Path, int]] = {}
-    for path in sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES):
+    for path in sorted(folder.rglob("*.jsonl")):
         offset = 0
         with path.open("rb") as file:
             for line in file:
                 if b'"entropies"' in line:
-                    update = parsed_line(line)
+                    update = parsed(line)
                     if isinstance(update, dict) and isinstance(update.get("trace_id"), str):
                         places[update["trace_id"]] = path, offset
                 offset += len(line)

@@ -15,16 +15,15 @@ from pipeline.formats.fields import (
     said,
     text,
 )
-from pipeline.formats.json_rows import first_line_id, first_object, json_lines, rollouts
+from pipeline.formats.json_rows import first_line_id, first_row, json_lines, rollouts
 from pipeline.formats.source_rows import SourceRow
 
 NAME = "areal"
+_ASSUMED = "AReaL does not say which completions were cut off: all were taken to be finished."
 
 
 def recognizes(path: Path) -> bool:
-    return {"task_id", "sample_idx", "head_version", "tail_version", "completion"} <= first_object(
-        path
-    ).keys()
+    return {"task_id", "sample_idx", "head_version", "tail_version", "completion"} <= first_row(path).keys()
 
 
 def read(path: Path) -> Iterator[SourceRow]:
@@ -41,7 +40,7 @@ def read(path: Path) -> Iterator[SourceRow]:
             return None
         return f"areal/{file}/{task}"
 
-    yield from rollouts(json_lines(path), group, _values)
+    yield from rollouts(json_lines(path), group, _values, _ASSUMED)
 
 
 def _values(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,10 @@ from pipeline.formats.source_rows import SourceRow
 from pipeline.hashing import content_id, file_sha256, ids_array
 
 NAME = "echorl"
+_ASSUMED = (
+    "EchoRL's dump names no groups and no temperature: rows of one step with the same prompt were taken "
+    "as one, and the entropies as of temperature 1."
+)
 _CATEGORIES = ("correct_rollouts", "wrong_rollouts", "golden_trajectories")
 _HEAD_BYTES = 1 << 14
 
@@ -66,7 +70,7 @@ def read(path: Path) -> Iterator[SourceRow]:
     def values(row: Mapping[str, Any]) -> dict[str, Any]:
         return _values(row, path.parent, pad_id)
 
-    yield from rollouts(rows, group, values)
+    yield from rollouts(rows, group, values, _ASSUMED)
 
 
 def _values(row: Mapping[str, Any], folder: Path, pad_id: int | None) -> dict[str, Any]:

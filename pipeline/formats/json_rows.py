@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import FormatError
+from pipeline.formats.json_lines import NO_OBJECT, first_object, numbered_lines, parsed
 from pipeline.formats.source_rows import SourceRow
 from pipeline.hashing import content_id
-
-SUFFIXES = (".jsonl", ".ndjson")
-_SNIFFED_LINES = 20
-NO_OBJECT = "no JSON object in valid Unicode: the line is cut off, or no line of such a dump"
 
 
 def json_lines(path: Path) -> Iterator[SourceRow]:
@@ -24,15 +19,13 @@ def json_lines(path: Path) -> Iterator[SourceRow]:
     Raises:
         FormatError: the file cannot be opened or read.
     """
-    with _opened(path) as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                source = f"{path.name}:{number}"
-                parsed = parsed_line(line)
-                if isinstance(parsed, dict):
-                    yield SourceRow(source, parsed)
-                else:
-                    yield SourceRow(source, {"line": line.decode("utf-8", "backslashreplace")}, NO_OBJECT)
+    _check(path)
+    for number, row in numbered_lines(path):
+        source = f"{path.name}:{number}"
+        if isinstance(row, dict):
+            yield SourceRow(source, row)
+        else:
+            yield SourceRow(source, {"line": row}, NO_OBJECT)
 
 
 def json_file(path: Path) -> Any:
@@ -41,27 +34,22 @@ def json_file(path: Path) -> Any:
     Raises:
         FormatError: the file cannot be read, or is no JSON.
     """
-    with _opened(path) as file:
-        parsed = parsed_line(file.read())
-    if parsed is None:
+    _check(path)
+    value = parsed(path.read_bytes())
+    if isinstance(value, str):
         raise FormatError(f"{path} is no JSON in valid Unicode. Copy it again, or check the path.")
-    return parsed
+    return value
 
 
-def first_object(path: Path) -> Mapping[str, Any]:
-    """The first object among the first lines; empty if there is none, or no such file."""
-    if path.suffix not in SUFFIXES:
-        return {}
-    try:
-        lines = islice(json_lines(path), _SNIFFED_LINES)
-        return next((line.values for line in lines if line.problem is None), {})
-    except FormatError:
-        return {}
+def first_row(path: Path) -> Mapping[str, Any]:
+    """The first object among the first lines; empty for a file of another kind."""
+    return first_object(path) or {}
 
 
 def first_line_id(path: Path) -> str:
     """A name for a file that stays while lines are appended: the same groups occur in every training."""
-    with _opened(path) as lines:
+    _check(path)
+    with path.open("rb") as lines:
         return content_id(next((line for line in lines if line.strip()), b""))[:16]
 
 
@@ -69,6 +57,7 @@ def rollouts(
     rows: Iterable[SourceRow],
     group: Callable[[Mapping[str, Any]], str | None],
     values: Callable[[Mapping[str, Any]], dict[str, Any]],
+    assumed: str | None = None,
 ) -> Iterator[SourceRow]:
     """What `values` makes of each row, numbered within its group in the order they come.
 
@@ -80,6 +69,7 @@ def rollouts(
     Args:
         group: the group's name; None if the row does not say.
         values: the row in the words of `rollouts`; raises FormatError with the reason it refuses.
+        assumed: as in `SourceRow`.
     """
     numbers: Counter[str] = Counter()
     versions: dict[str, dict[str, Any]] = {}
@@ -96,26 +86,11 @@ def rollouts(
             numbers[name] += 1
             made = place | values(row.values)
             version = {"policy_version": made.pop("policy_version")} if "policy_version" in made else {}
-            yield SourceRow(row.source, made | versions.setdefault(name, version))
+            yield SourceRow(row.source, made | versions.setdefault(name, version), assumed=assumed)
         except FormatError as error:
             yield SourceRow(row.source, {**row.values, **place}, str(error))
 
 
-def _opened(path: Path) -> Any:
+def _check(path: Path) -> None:
     if not path.is_file():
         raise FormatError(f"There is no file {path}. Check the path.")
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise FormatError(f"{path} cannot be read: {error}. Check the file.") from None
-
-
-def parsed_line(text: bytes) -> Any:
-    """The JSON value of some bytes; None if they are none, or hold half a surrogate pair."""
-    try:
-        parsed = json.loads(text)
-        if b"\\ud" in text.lower():
-            json.dumps(parsed, ensure_ascii=False).encode()  # half a surrogate pair is no text
-        return parsed
-    except (ValueError, RecursionError):
-        return None

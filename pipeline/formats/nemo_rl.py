@@ -21,17 +21,18 @@ from pipeline.formats.fields import (
     short,
     token_ids,
 )
-from pipeline.formats.json_rows import first_line_id, first_object, json_lines, rollouts
+from pipeline.formats.json_rows import first_line_id, first_row, json_lines, rollouts
 from pipeline.formats.source_rows import SourceRow
 from pipeline.hashing import content_id, ids_array
 
 NAME = "nemo-rl"
+_ASSUMED = "NeMo-RL names no groups: rows of one file with the same prompt were taken as one."
 _PER_TOKEN = ("token_ids", "token_loss_mask", "generation_logprobs")
 _STEP = re.compile(r"train_data_step(\d{1,9})\.jsonl$")
 
 
 def recognizes(path: Path) -> bool:
-    return {"rewards", "input_lengths", "idx"} <= first_object(path).keys()
+    return {"rewards", "input_lengths", "idx"} <= first_row(path).keys()
 
 
 def read(path: Path) -> Iterator[SourceRow]:
@@ -52,7 +53,7 @@ def read(path: Path) -> Iterator[SourceRow]:
     def values(row: Mapping[str, Any]) -> dict[str, Any]:
         return _values(row) | said({"policy_version": step})
 
-    yield from rollouts(json_lines(path), group, values)
+    yield from rollouts(json_lines(path), group, values, _ASSUMED)
 
 
 def _values(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pipeline.formats.annotations import annotated
 from pipeline.formats.fields import (
     member,
 )
-from pipeline.formats.json_rows import first_line_id, first_object, json_lines, rollouts
+from pipeline.formats.json_rows import first_line_id, first_row, json_lines, rollouts
 from pipeline.formats.source_rows import SourceRow
 from pipeline.formats.traces import is_episode, trace_group, trace_values, traces
 
@@ -29,7 +29,7 @@ _NO_ROLLOUTS = {
 
 
 def recognizes(path: Path) -> bool:
-    row = first_object(path)
+    row = first_row(path)
     return is_episode(row) and member(row, "run").get("type") == "train"
 
 
@@ -39,7 +39,7 @@ def read(path: Path) -> Iterator[SourceRow]:
     Raises:
         FormatError: the file cannot be read, or is one of prime-rl's that holds no rollouts.
     """
-    first = first_object(path)
+    first = first_row(path)
     for name, why in _NO_ROLLOUTS.items():
         if name in first and not is_episode(first):
             raise FormatError(f"{path}: {why}. Give traces.jsonl or traces/stream.jsonl.")

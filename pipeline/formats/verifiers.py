@@ -26,7 +26,7 @@ from pipeline.formats.fields import (
     truth,
     utc_time,
 )
-from pipeline.formats.json_rows import first_line_id, first_object, json_lines, rollouts
+from pipeline.formats.json_rows import first_line_id, first_row, json_lines, rollouts
 from pipeline.formats.source_rows import SourceRow
 from pipeline.formats.traces import is_episode, is_trace, trace_group, trace_values, traces
 
@@ -34,7 +34,7 @@ NAME = "verifiers"
 
 
 def recognizes(path: Path) -> bool:
-    row = first_object(path)
+    row = first_row(path)
     if is_episode(row):
         return member(row, "run").get("type") != "train"
     return is_trace(row) or _is_output(row)
@@ -47,7 +47,7 @@ def read(path: Path) -> Iterator[SourceRow]:
         FormatError: the file cannot be read.
     """
     file = f"verifiers/{first_line_id(path)}"
-    if _is_output(first_object(path)):
+    if _is_output(first_row(path)):
         yield from rollouts(json_lines(path), partial(_group, file), _values)
     else:
         yield from rollouts(traces(json_lines(path)), partial(trace_group, file), trace_values)

@@ -11,9 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from foreign_dumps import DUMPS, FILES, FORMATS, JSON_LINES, damaged, lines, read, write_lines
+from sample_lake import character_tokenizer
 
 from pipeline.errors import FormatError
 from pipeline.formats.fields import flat, short
+from pipeline.importing import import_rollouts, with_formats
+
+TOKENIZER = character_tokenizer()
 
 CANONICAL = {
     "group_id": "a",
@@ -31,6 +35,18 @@ VERL_PROMPT = {"data_source": "sums", "prompt": [{"role": "user", "content": "2+
 @pytest.mark.parametrize(("name", "file"), [(name, file) for name, files in FILES.items() for file in files])
 def test_a_dump_is_recognized_by_its_own_reader_and_no_other(name: str, file: str) -> None:
     assert [other for other, module in FORMATS.items() if module.recognizes(DUMPS / file)] == [name]
+
+
+@pytest.mark.parametrize(("name", "file"), [(name, file) for name, files in FILES.items() for file in files])
+def test_a_dump_is_imported_whole_and_the_second_time_changes_nothing(lake, name, file) -> None:
+    dumps = with_formats([DUMPS / file])
+    assert [kind.NAME for _, kind in dumps] == [name]
+    rows = read(name, file)
+    first = import_rollouts(lake, dumps, TOKENIZER).rows
+    refused = sum(row.problem is not None for row in rows)
+    assert (first.written, first.known, first.refused) == (len(rows) - refused, 0, refused)
+    again = import_rollouts(lake, dumps, TOKENIZER).rows
+    assert (again.written, again.known, again.refused) == (0, len(rows) - refused, refused)
 
 
 @pytest.mark.parametrize("row", [CANONICAL, VERL, VERL | {"uid": "a_0_1"}, TRL, VERL_PROMPT, {}, [1], "x", 5])
