@@ -14,7 +14,7 @@ from pipeline import schema
 from pipeline.errors import EchoMineError
 from pipeline.formats.source_rows import ColumnarFormat, Format, SourceRow
 from pipeline.import_columns import completed_columns
-from pipeline.import_rows import ImportContext, completed_row, is_count, prompt_columns
+from pipeline.import_rows import ImportContext, completed_row, is_count, is_unicode, prompt_columns
 from pipeline.import_types import Columns, columns_of_rows, columns_of_table
 from pipeline.rollouts import Refused, unnamed_table
 
@@ -79,12 +79,19 @@ def _bounded(rows: Iterable[SourceRow]) -> Iterator[list[SourceRow]]:
     items = 0
     for row in rows:
         batch.append(row)
-        items += sum(len(value) for value in row.values.values() if isinstance(value, list | str)) + 16
+        items += 16 + sum(map(_num_items, row.values.values()))
         if items >= BATCH_ITEMS:
             yield batch
             batch, items = [], 0
     if batch:
         yield batch
+
+
+def _num_items(value: Any) -> int:
+    """How much a value weighs in a batch; the messages of a prompt by their texts."""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return sum(_num_items(part) for message in value for part in message.values())
+    return len(value) if isinstance(value, list | str) else 1
 
 
 def _batch_of_rows(rows: Sequence[SourceRow], context: ImportContext, file: int, first: int) -> Batch:
@@ -121,7 +128,9 @@ def _with_ids(rows: Sequence[Mapping[str, Any]], context: ImportContext) -> list
     texts = [
         i
         for i, row in enumerate(rows)
-        if row.get("completion_ids") is None and isinstance(row.get("completion"), str)
+        if row.get("completion_ids") is None
+        and isinstance(row.get("completion"), str)
+        and is_unicode(row["completion"])
     ]
     made = list(rows)
     ids = context.tokenized([rows[i]["completion"] for i in texts])
@@ -150,7 +159,7 @@ class _Rest:
     def refuse(self, number: int, source: str, reason: str, values: Mapping[str, Any]) -> None:
         self.refused.append(Refused(reason, source, dict(values)))
         group, index = values.get("group_id"), values.get("sample_index")
-        if isinstance(group, str) and _is_unicode(group):
+        if isinstance(group, str) and is_unicode(group):
             expert = values.get("origin") == "expert"
             self.places.append(
                 {
@@ -161,14 +170,6 @@ class _Rest:
                     "source": source,
                 }
             )
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # half a surrogate pair
-        return False
-    return True
 
 
 def _staged(

@@ -64,8 +64,11 @@ class ImportContext:
         if not plain or not messages:
             raise FormatError("`messages` is no list of messages with a text `role` and `content`")
         spoken = tuple({"role": m.get("role") or "user", "content": m["content"]} for m in messages)
-        source = values.get("data_source")
-        return Prompt(spoken, _optional_text(values.get("ground_truth")), _optional_text(source) or "")
+        source = _optional_text(values.get("data_source")) or ""
+        prompt = Prompt(spoken, _optional_text(values.get("ground_truth")), source)
+        if not is_unicode(f"{prompt.text}{prompt.ground_truth}{source}"):
+            raise FormatError("the prompt is no valid Unicode")
+        return prompt
 
     def prompt_ids(self, values: Mapping[str, Any], prompt: Prompt | None) -> list[int]:
         """The prompt's tokens: as they stand in the row, or made of its text or messages.
@@ -125,6 +128,8 @@ def completed_row(values: Mapping[str, Any], context: ImportContext) -> dict[str
     if not isinstance(given.get("group_id"), str) or not (index is None or is_count(index)):
         raise FormatError("group_id must be text and sample_index a whole number from 0")
     if "completion_ids" not in given and isinstance(given.get("completion"), str):
+        if not is_unicode(given["completion"]):
+            raise FormatError("the completion is no valid Unicode")
         given["completion_ids"] = context.tokenized([given["completion"]])[0]
     completion_ids = context.checked_ids(given.get("completion_ids"), "completion_ids")
     prompt = context.prompt(values)
@@ -168,6 +173,15 @@ def prompt_columns(prompt: Prompt | None) -> dict[str, str | None]:
 
 def is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+
+
+def is_unicode(text: str) -> bool:
+    """Whether UTF-8 can hold it: half a surrogate pair, which JSON and SQLite can, is no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _fits(row: dict[str, Any]) -> dict[str, Any]:

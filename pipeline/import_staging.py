@@ -35,9 +35,11 @@ class ImportStaging:
     """A context: the staging folder of one import, and what is in it. One writer, then one reader."""
 
     def __init__(self, folder: Path, num_bytes: int) -> None:
-        """Args:
-        folder: of the lake.
-        num_bytes: what the rows will take in memory, about.
+        """Nothing is written yet.
+
+        Args:
+            folder: of the lake.
+            num_bytes: what the rows will take in memory, about.
         """
         self._name = uuid.uuid4().hex[:12]
         self._parent = folder / "staging"
@@ -49,7 +51,7 @@ class ImportStaging:
     def __enter__(self) -> ImportStaging:
         with self._writing():
             self._parent.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=0)
+            self._lock.acquire()
             _remove_abandoned(self._parent)
             self.folder.mkdir()
         return self

@@ -76,7 +76,7 @@ def check_files(files: Sequence[Path]) -> None:
         names = column_names(path)
         if names is None:
             next(parquet_tables(path))  # says what is wrong with it
-            return
+            continue
         needed = [name for name in REQUIRED if name not in names]
         if "prompt_ids" not in names and "prompt" not in names:
             needed.append("prompt_ids")

@@ -8,8 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,6 +21,7 @@ import pipeline.import_batches
 import pipeline.import_staging
 from pipeline.errors import FormatError
 from pipeline.formats.canonical import import_canonical
+from pipeline.formats.source_rows import Format, SourceRow
 from pipeline.importing import import_rollouts, num_unscored, with_formats
 from pipeline.ingest import Ingested
 from pipeline.lake import Lake
@@ -157,6 +159,25 @@ def test_a_file_is_recognized_by_its_content_or_the_user_is_asked(tmp_path: Path
         kind("none")
     with pytest.raises(FormatError, match="There is no file"):
         kind("missing")
+
+
+def test_half_a_character_in_a_readers_text_costs_its_row_only(lake: Lake) -> None:
+    class Reader:
+        NAME = "test"
+
+        def read(self, path: Path) -> Iterator[SourceRow]:
+            good = {"group_id": "a", "prompt_text": "1+1", "completion": "2", "reward": 1.0}
+            changes = [{}, {"completion": "\ud800"}, {"prompt_text": "\ud800"}, {"ground_truth": "\ud800"}]
+            for number, change in enumerate(changes, start=1):
+                yield SourceRow(f"{path.name}:{number}", good | change)
+
+    done = import_rollouts(lake, [(HERE / "big_dump.py", cast(Format, Reader()))], TOKENIZER)
+    assert done.rows == Ingested(written=1, refused=3)
+    with lake.reader() as reader:
+        reasons = [row["reason"] for row in reader.rows("select reason from quarantine order by source")]
+        sizes = reader.rows("select sample_index, group_size, completion from rollouts")
+    assert reasons == ["the completion is no valid Unicode", *["the prompt is no valid Unicode"] * 2]
+    assert sizes == [{"sample_index": 0, "group_size": 4, "completion": "2"}]
 
 
 def test_rollouts_without_entropies_are_counted_by_run(lake: Lake, tmp_path: Path) -> None:
