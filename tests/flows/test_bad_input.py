@@ -122,10 +122,16 @@ def test_an_option_is_blamed_and_not_the_config_file(refused, tmp_path):
         (["sql", "select 1", "--memory-limit", "2"], ["`2` is no size", "2GB"]),
         (["sql", "select 1", "--timeout", "0"], ["--timeout", "0"]),
         (["mine", "--what-if", "clip_per_group=4"], ["`clip_per_group`", "did you mean `clips_per_group`?"]),
-        (["mine", "--what-if", "clips_per_group=0"], ["`clips_per_group` in --what-if", "greater than or equal"]),
+        (
+            ["mine", "--what-if", "clips_per_group=0"],
+            ["`clips_per_group` in --what-if", "greater than or equal"],
+        ),
         (["mine", "--what-if", "scope"], ["`scope`", "no setting", "name=value"]),
         (["mine", "--what-if", "max_clips=1,max_clips=2"], ["`max_clips` comes twice"]),
-        (["mine", "--what-if", "max_clips=1", "--scope", "any_success"], ["Beside --what-if", "put settings"]),
+        (
+            ["mine", "--what-if", "max_clips=1", "--scope", "any_success"],
+            ["Beside --what-if", "put settings"],
+        ),
         (["report", "--night", "yesterday"], ["--night", "yesterday", "%Y-%m-%d"]),
     ],
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import duckdb
 import pytest
@@ -22,7 +21,7 @@ PROGRAMS = ("the DuckDB command line", "Python", "polars")
 @pytest.fixture(scope="module")
 def lake(sample_lake: SampleLake, tmp_path_factory: pytest.TempPathFactory) -> Lake:
     """The sample lake, moved into a folder whose name must be quoted."""
-    folder = tmp_path_factory.mktemp("attach") / "a b" / "it's \"mine\""
+    folder = tmp_path_factory.mktemp("attach") / "a b" / 'it\'s "mine"'
     shutil.copytree(sample_lake.lake.folder, folder)
     return Lake.open(folder)
 

@@ -52,13 +52,21 @@ def test_a_simulation_finds_what_the_mining_with_its_settings_then_finds(what_if
     shutil.copytree(sample_lake.lake.folder, tmp_path / "lake")
     simulated = what_if("clips_per_group=1,max_policy_lag=none,min_step_entropy=0.1").what_if
     mined = mine(Lake.open(tmp_path / "lake"), MiningConfig(min_step_entropy=0.1))
-    assert (mined.clips, mined.groups, mined.dropped) == (simulated.clips, simulated.groups, simulated.dropped)
+    assert (mined.clips, mined.groups, mined.dropped) == (
+        simulated.clips,
+        simulated.groups,
+        simulated.dropped,
+    )
 
 
 def test_a_run_is_compared_with_its_own_last_mining(what_if):
     # 3+9 and 6+7 are solved under the first version; of each two clips with the same tokens, one stays
     simulation = what_if("clips_per_group=2", run_id="run-4")
-    assert (simulation.last.clips, simulation.last.groups_with_clips, simulation.last.clip_tokens) == (2, 2, 20)
+    assert (simulation.last.clips, simulation.last.groups_with_clips, simulation.last.clip_tokens) == (
+        2,
+        2,
+        20,
+    )
     assert simulation.last.mean_step_entropy == 0.25
     assert simulation.what_if.dropped == {"duplicate": 2}
     assert simulation.overlap == Overlap(both=2, only_what_if=0, only_last=0)

@@ -163,7 +163,9 @@ def _same(row: tuple[Any, ...], expected: tuple[Any, ...]) -> bool:
 def test_a_disagreement_names_a_rollout_of_the_prompt_that_was_judged_anew(sample_lake):
     with sample_lake.lake.reader() as reader:
         rollout_id = reader.select(example("verifier_disagreements")).table["example_rollout_id"][0].as_py()
-        rows = reader.rows("select prompt_id, reward from rollouts where rollout_id = $id", {"id": rollout_id})
+        rows = reader.rows(
+            "select prompt_id, reward from rollouts where rollout_id = $id", {"id": rollout_id}
+        )
     assert rows == [{"prompt_id": prompt_id("What is 5+5?"), "reward": 1.0}]
 
 
