@@ -194,7 +194,8 @@ def test_a_list_of_rewards_has_a_spread_and_a_class_under_a_tolerance(reader: Re
 
 def test_the_entropy_at_a_step_is_the_stored_step_entropy(reader: Reader) -> None:
     answer = reader.select(
-        "select step_entropies[i] as stored, entropy_at(completion_entropies, step_ends, i - 1)::float as own "
+        "select step_entropies[i] as stored, "
+        "entropy_at(completion_entropies, step_ends, i - 1)::float as own "
         "from rollouts, range(1, 9) as steps(i) where i <= len(step_ends) and step_entropies is not null"
     )
     assert answer.table.num_rows > 100

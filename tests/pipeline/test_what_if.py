@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict
 
 import pytest
@@ -47,8 +48,6 @@ def test_a_wider_scope_finds_the_old_clips_and_new_ones(what_if, sample_lake):
 
 
 def test_a_simulation_finds_what_the_mining_with_its_settings_then_finds(what_if, sample_lake, tmp_path):
-    import shutil
-
     shutil.copytree(sample_lake.lake.folder, tmp_path / "lake")
     simulated = what_if("clips_per_group=1,max_policy_lag=none,min_step_entropy=0.1").what_if
     mined = mine(Lake.open(tmp_path / "lake"), MiningConfig(min_step_entropy=0.1))

@@ -58,14 +58,16 @@ ANSWERS: dict[str, tuple[str, list[tuple[Any, ...]]]] = {
     ),
     # four right completions of mean 3/16, two wrong of 5/8
     "expert_entropy": (
-        "question, model, entropy_kind, expert_entropy, policy_entropy, num_expert_rollouts, num_policy_rollouts",
+        "question, model, entropy_kind, expert_entropy, policy_entropy, num_expert_rollouts, "
+        "num_policy_rollouts",
         [
             (add("5+5"), "taught", "full_vocab", 1.0, 1 / 3, 1, 6),
             (add("6+7"), "taught", "full_vocab", 1.0, 1 / 3, 1, 6),
         ],
     ),
     "repeated_clips": (
-        "question, clip_tokens, num_rollouts, num_minings, first_night, last_night, first_version, last_version",
+        "question, clip_tokens, num_rollouts, num_minings, first_night, last_night, first_version, "
+        "last_version",
         [
             (add("3+9"), 10, 3, 4, NIGHTS[0], NIGHTS[2], 0, 20),
             (add("7+7"), 10, 2, 3, NIGHTS[1], NIGHTS[2], 10, 20),
