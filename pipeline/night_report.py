@@ -35,7 +35,10 @@ def write_night_report(lake: Lake, run_id: str) -> Path:
         facts["mining_id"],
         load_tokenizer(Path(facts["model_folder"])),
         folder / "report.html",
-        {"generate_seconds": facts.get("generate_seconds", 0.0)},
+        {
+            "generate_seconds": facts.get("generate_seconds", 0.0),
+            **({"score_seconds": facts["score_seconds"]} if "score_seconds" in facts else {}),
+        },
         training,
         facts.get("export_dropped"),
     )

@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 
 MODEL = Path(__file__).parents[1] / "data" / "arith" / "model"
-START_SECONDS = 180.0  # three processes import torch; seconds on an idle machine
+START_SECONDS = 600.0  # three processes import torch; seconds on an idle machine
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
