@@ -28,6 +28,7 @@ def summary_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows += [
         ("rollouts", f"{result['generated']:,} generated, {result['refused']:,} refused by verification"),
         ("tokens/s", f"{tokens / seconds:,.0f} ({tokens:,} tokens)" if seconds else "nothing generated"),
+        *_scoring(facts),
         ("EchoClips", f"{mining['clips']:,}"),
         ("dropped", ", ".join(f"{name} {n}" for name, n in sorted(dropped.items())) or "none"),
         ("EchoClip loss", _before_after(training, "echo_loss", "nats/token before and after training")),
@@ -37,6 +38,13 @@ def summary_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("report", _near(result["report"])),
     ]
     return rows
+
+
+def _scoring(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """A row for nights whose engine told no entropies."""
+    if "num_scored" not in facts:
+        return []
+    return [("entropies", f"{facts['num_scored']:,} rollouts scored in {facts['score_seconds']:.0f} s")]
 
 
 def _near(path: str) -> str:

@@ -13,7 +13,7 @@ from prefect import Task, task
 from prefect.client.schemas.objects import State, TaskRun
 
 from flows import announce
-from flows.progress import training_progress
+from flows.progress import bar, training_progress
 from pipeline import generate as generation
 from pipeline import mine as mining
 from pipeline import runs, scoring
@@ -76,7 +76,8 @@ def commit(run: NightRun, judged: Path) -> Ingested:
 
 @stage("score")
 def score(run: NightRun) -> Scored:
-    return scoring.score_run(run)
+    with bar("scoring rollouts", None) as update:
+        return scoring.score_run(run, update)
 
 
 @stage("mine")

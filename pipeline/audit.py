@@ -14,7 +14,7 @@ from pipeline.audit_rules import RuleFigures, rule_figures
 from pipeline.config import MiningConfig
 from pipeline.errors import EchoMineError
 from pipeline.formats.source_rows import Format
-from pipeline.importing import check_dumps, import_rollouts
+from pipeline.importing import check_dumps, import_rollouts, with_formats
 from pipeline.lake import Lake
 from pipeline.lake_reader import Reader
 from pipeline.mine import mine
@@ -94,23 +94,25 @@ class Audit:
 
 
 def audit(
-    dumps: Sequence[tuple[Path, Format]],
+    files: Sequence[Path],
     tokenizer: Any | None,
     config: MiningConfig,
     progress: Callable[[int], None] | None = None,
+    format_name: str | None = None,
 ) -> Audit:
     """Classes the groups of dumps by their rewards, judges trainers' rules, and mines what can be mined.
 
     It all happens in a lake of its own, which is gone afterwards.
 
     Args:
-        dumps: each with the format that reads it.
         tokenizer: of the model that sampled; without it nothing is mined, and text has no tokens.
         progress: called with the number of rows read so far.
+        format_name: what wrote the files; by default what their content says.
 
     Raises:
         FormatError: a file is missing, cut off, or of another kind.
     """
+    dumps = with_formats(files, format_name)
     refused: Counter[str] = Counter()
     with TemporaryDirectory(prefix="echomine-audit-") as folder:
         lake = Lake.create(Path(folder) / "lake")

@@ -39,7 +39,8 @@ def write_night_report(lake: Lake, run_id: str, snapshot: int | None = None) -> 
         facts["mining_id"],
         load_tokenizer(Path(facts["model_folder"])),
         folder / ("report.html" if snapshot is None else f"report-snapshot-{snapshot}.html"),
-        {"generate_seconds": facts.get("generate_seconds", 0.0)},
+        {"generate_seconds": 0.0}
+        | {name: facts[name] for name in ("generate_seconds", "score_seconds") if name in facts},
         training,
         facts.get("export_dropped"),
         snapshot,

@@ -12,7 +12,8 @@ from torch.overrides import TorchFunctionMode
 class OneDnnLinear(TorchFunctionMode):
     """Within it, linear layers of float32 on a CPU are computed by oneDNN instead of MKL. Without gradients.
 
-    MKL has no AVX-512 kernels for AMD's processors: 98 GFLOP/s on a Zen 5 core, where oneDNN reaches 220.
+    MKL has no AVX-512 kernels for AMD's processors, where oneDNN is about twice as fast; see
+    `tests/benchmarks/bench_linear.py`.
     """
 
     def __torch_function__(

@@ -24,14 +24,13 @@ from pipeline.logprobs import NO_LIMIT, TokenStats, check_head, limits
 from pipeline.models import is_out_of_memory, load_model
 from pipeline.onednn import OneDnnLinear
 from pipeline.records import Policy
+from pipeline.runs import NightRun, facts, update_facts
 from pipeline.scored_chunk import Chunk
 from pipeline.sqlfiles import sql_file
 from pipeline.teacher_forcing import forward_passes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from pipeline.runs import NightRun
 
 CHUNK_ROLLOUTS = 4096  # read together; like lengths are sought among them
 COMMIT_SECONDS = 60.0  # work that is not committed is lost when the process is killed
@@ -88,13 +87,20 @@ def num_waiting(lake: Lake, policy: Policy, selection: Selection = UNSCORED) -> 
         return int(reader.rows(f"select count(*) as n from ({waiting})", _params(policy, selection))[0]["n"])
 
 
-def score_run(run: NightRun) -> Scored:
+def score_run(run: NightRun, progress: Callable[[int], None] | None = None) -> Scored:
     """Scores the rollouts of a night that its engine gave no entropies, by the model that sampled them."""
     lake, selection = run.lake(), Selection(run.run_id)
     if not num_waiting(lake, run.policy, selection):
         return Scored()
+    started, noted = time.monotonic(), facts(run)
     model = load_model(run.model_folder, run.config.engine.device, run.config.engine.dtype)
-    return score(lake, model, run.policy, selection, run.config.score.batch_tokens)
+    done = score(lake, model, run.policy, selection, run.config.score.batch_tokens, progress)
+    update_facts(
+        run,
+        num_scored=noted.get("num_scored", 0) + done.scored,
+        score_seconds=noted.get("score_seconds", 0.0) + time.monotonic() - started,
+    )
+    return done
 
 
 def score(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from typing import Any
 import httpx
 
 MODEL = Path(__file__).parents[1] / "data" / "arith" / "model"
-START_SECONDS = 180.0  # three processes import torch; seconds on an idle machine
+START_SECONDS = 600.0  # three processes import torch; seconds on an idle machine
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
@@ -49,19 +50,20 @@ def vllm_serve(model: Path, log: Path, options: Sequence[str] = ()) -> Iterator[
     command += ["--dtype", "float32", "--enforce-eager", "--max-num-seqs", "32", *options]
     with log.open("wb") as output:
         server = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **OFFLINE}
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **OFFLINE},
+            start_new_session=True,
         )
         try:
             url = f"http://127.0.0.1:{port}"
             _wait_until_healthy(server, url, log)
             yield f"{url}/v1"
         finally:
-            server.terminate()  # it ends its engine's process, too
-            try:
-                server.wait(20)
-            except subprocess.TimeoutExpired:
-                server.kill()
-                server.wait()
+            with contextlib.suppress(ProcessLookupError):  # it ended by itself
+                os.killpg(server.pid, signal.SIGKILL)  # with its engine's processes, which may still start
+            server.wait()
 
 
 def _wait_until_healthy(server: subprocess.Popen[bytes], url: str, log: Path) -> None:

@@ -74,13 +74,11 @@ def audit(
     from flows.progress import bar
     from pipeline.audit import audit as audit_dumps
     from pipeline.audit_page import write_audit_page
-    from pipeline.importing import with_formats
     from pipeline.tokenization import load_tokenizer
 
     loaded = load_tokenizer(tokenizer) if tokenizer else None
-    dumps = with_formats(files, format_name)
     with bar("reading rows", None) as update:
-        found = audit_dumps(dumps, loaded, settings.mining, update)
+        found = audit_dumps(files, loaded, settings.mining, update, format_name)
     if as_json:
         print_json(audit_json(found))
     else:

@@ -66,6 +66,7 @@ def generate(lake: Path, config: Path | None, as_json: bool, **options: Any) -> 
     settings = load_config(config, night_settings(**options))
     from flows.progress import bar
     from pipeline import runs
+    from pipeline.engines.choice import engine_kind
     from pipeline.generate import generate as next_batch
     from pipeline.generate import missing_groups, stop_generating
     from pipeline.ingest import Ingested
@@ -83,6 +84,11 @@ def generate(lake: Path, config: Path | None, as_json: bool, **options: Any) -> 
         stop_generating(run)
     counts: dict[str, Any] = {"run_id": run.run_id, "night": str(run.night), **asdict(done)}
     print_counts(as_json, counts)
+    if engine_kind(settings.engine) == "server":
+        note(
+            "Servers tell no entropies. Before these rollouts are mined, run "
+            f"`echomine score --model {settings.model} --run {run.run_id}`, or `echomine nightly` to go on."
+        )
     if done.refused:
         note(
             f"The verifier gave no reward for {done.refused} of these rollouts; their groups are incomplete "

@@ -2,17 +2,21 @@
 
     python tests/benchmarks/bench_entropy_tap.py [MODEL] [--requests N] [--tokens N] [--repeats N]
 
-Every request runs to the same number of tokens, so that all sides do the same work. The sides take turns in
-two engines that run side by side, one without and one with the tap; the figures are medians.
+MODEL is arith, smollm2, a folder, or random-150k: a shallow model of random weights with a vocabulary of
+150,000, for `random-150k --requests 512 --max-num-seqs 256` on a GPU. Every request runs to the same number
+of tokens, so that all sides do the same work. The sides take turns in two engines that run side by side, one
+without and one with the tap; the figures are medians.
 """
 
 from __future__ import annotations
 
 import argparse
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from measure import medians, print_table
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.config import EngineConfig, VllmConfig
 from pipeline.engines import vllm_start
@@ -23,6 +27,14 @@ from pipeline.prompts import prompt_messages_ids, read_prompts
 from pipeline.tokenization import load_tokenizer
 
 TAPPED = ("tap draws: log-probs, entropies", "logprobs=0, tap measures")
+
+
+def random_model(folder: Path, vocabulary: int = 150_000) -> Path:
+    """Random weights, two layers deep, and arith's tokenizer, whose ids are the first of the vocabulary."""
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2, "num_attention_heads": 8}
+    LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **sizes)).save_pretrained(folder)
+    load_tokenizer(model_folder("arith")).save_pretrained(folder)
+    return folder
 
 
 def engines(folder: Path, max_num_seqs: int) -> tuple[Any, Any]:
@@ -80,7 +92,13 @@ def main() -> None:
     parser.add_argument("--full-row-requests", type=int, default=16, help="fewer: it is that slow")
     options = parser.parse_args()
 
-    folder = model_folder(options.model)
+    with tempfile.TemporaryDirectory() as temporary:
+        random = options.model == "random-150k"
+        compare(random_model(Path(temporary)) if random else model_folder(options.model), options)
+
+
+def compare(folder: Path, options: argparse.Namespace) -> None:
+    """All sides in one run, and the table of their speeds."""
     tokenizer = load_tokenizer(folder)
     source = read_prompts("arith", 128)
     ids = [prompt_messages_ids(tokenizer, prompt.messages).tolist() for prompt in source]

@@ -1,4 +1,4 @@
-"""Fixtures of the server engine's tests: what a real server samples, and relays that stand before it."""
+"""What the engines' tests share: references, an engine in this process, and relays before a real server."""
 
 from __future__ import annotations
 
@@ -7,11 +7,33 @@ from contextlib import ExitStack
 from typing import Any
 
 import pytest
-from reference import ids_by_prompt
+from reference import ARITH, float64_model, ids_by_prompt
 from server_helpers import REQUESTS, SAMPLING, engine
+from transformers import PreTrainedModel
+from vllm_engines import TOKENIZER, opened
 from vllm_server import Relay, Spoil
 
 from pipeline.engines import server_pool, server_posts
+from pipeline.engines.transformers import TransformersEngine
+from pipeline.engines.vllm import VllmEngine
+from pipeline.models import load_model
+
+
+@pytest.fixture(scope="session")
+def exact() -> PreTrainedModel:
+    return float64_model()
+
+
+@pytest.fixture(scope="session")
+def transformers_engine() -> TransformersEngine:
+    return TransformersEngine(load_model(ARITH / "model", "cpu", "float32"), TOKENIZER)
+
+
+@pytest.fixture(scope="module")
+def plain() -> Iterator[VllmEngine]:
+    """One in this process, where vLLM allows no second; starting it takes seconds."""
+    with opened() as engine:
+        yield engine
 
 
 @pytest.fixture(scope="session")

@@ -86,43 +86,44 @@ class RunnerV1:
             if key not in discarded:
                 self.outputs[key].append(-1 if lagging else int(row.argmax()))
 
+    def passes(self, *batches: tuple[list[str], dict[str, Any]]) -> None:
+        """A pass over each of the batches: its rows, and what `update` is told has changed."""
+        for rows, changes in batches:
+            self.update(rows, **changes)
+            self.step()
+
     def measured(self, key: str) -> Measured:
         return Measured.from_bytes(self.processor.tap.take([key])[key])
 
 
-def check(runner: RunnerV1, key: str, num_tokens: int) -> None:
-    found = runner.measured(key)
-    assert found.tokens[:num_tokens].tolist() == expected(key, num_tokens)
-    assert np.isfinite(found.entropies[:num_tokens]).all()
-    if -1 not in runner.outputs[key]:
-        assert runner.outputs[key] == expected(key, num_tokens)
+def check(runner: RunnerV1, **num_tokens: int) -> None:
+    """Each request has the tokens, and so the numbers, of its own positions."""
+    for key, count in num_tokens.items():
+        found = runner.measured(key)
+        assert found.tokens[:count].tolist() == expected(key, count)
+        assert np.isfinite(found.entropies[:count]).all()
+        if -1 not in runner.outputs[key]:
+            assert runner.outputs[key] == expected(key, count)
 
 
 def test_rows_that_move_and_swap_stay_with_their_requests() -> None:
     runner = RunnerV1()
-    runner.update(["a", "b", "c"], added={0: "a", 1: "b", 2: "c"})
-    runner.step()
-    runner.update(["c", "b", "a"], moved=[(0, 2, SWAP)])
-    runner.step()
-    runner.update(["a", "b"], removed=[0], moved=[(2, 0, MOVE)])  # c is done, a fills its row
-    runner.step()
-    check(runner, "a", 3)
-    check(runner, "b", 3)
-    check(runner, "c", 2)
+    runner.passes(
+        (["a", "b", "c"], {"added": {0: "a", 1: "b", 2: "c"}}),
+        (["c", "b", "a"], {"moved": [(0, 2, SWAP)]}),
+        (["a", "b"], {"removed": [0], "moved": [(2, 0, MOVE)]}),  # c is done, a fills its row
+    )
+    check(runner, a=3, b=3, c=2)
 
 
 def test_a_row_that_is_used_again_belongs_to_the_newcomer() -> None:
     runner = RunnerV1()
-    runner.update(["a", "b"], added={0: "a", 1: "b"})
-    runner.step()
-    runner.update(["d", "b"], removed=[0], added={0: "d"})
-    runner.step()
-    runner.update(["d", "e"], added={1: "e"})  # added over a row that was not reported as removed
-    runner.step()
-    check(runner, "a", 1)
-    check(runner, "b", 2)
-    check(runner, "d", 2)
-    check(runner, "e", 1)
+    runner.passes(
+        (["a", "b"], {"added": {0: "a", 1: "b"}}),
+        (["d", "b"], {"removed": [0], "added": {0: "d"}}),
+        (["d", "e"], {"added": {1: "e"}}),  # added over a row that was not reported as removed
+    )
+    check(runner, a=1, b=2, d=2, e=1)
 
 
 def test_a_prompt_read_in_pieces_draws_the_same_tokens_and_counts_once() -> None:
@@ -131,8 +132,7 @@ def test_a_prompt_read_in_pieces_draws_the_same_tokens_and_counts_once() -> None
     for _ in range(3):
         runner.step(discarded=("b",))
     runner.step()
-    check(runner, "a", 4)
-    check(runner, "b", 1)
+    check(runner, a=4, b=1)
 
 
 def test_a_request_that_is_preempted_and_resumed_goes_on_where_it_was() -> None:
@@ -145,8 +145,7 @@ def test_a_request_that_is_preempted_and_resumed_goes_on_where_it_was() -> None:
     runner.update(["b", "a"], added={1: "a"})
     runner.step(discarded=("a",))  # its prompt and tokens are read again, in two pieces
     runner.step()
-    check(runner, "a", 3)
-    check(runner, "b", 5)
+    check(runner, a=3, b=5)
 
 
 def test_asynchronous_scheduling_whose_tokens_lag_is_followed_by_their_number() -> None:

@@ -1,0 +1,73 @@
+"""vLLM engines for tests: tiny, and closed whatever happens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from reference import ARITH, check_whole, ids_by_prompt
+
+from pipeline.config import EngineConfig, SamplingConfig, VllmConfig
+from pipeline.engines.base import Engine, GroupRequest
+from pipeline.engines.vllm import VllmEngine
+from pipeline.models import load_model
+from pipeline.records import Group
+from pipeline.tokenization import load_tokenizer
+
+TOKENIZER = load_tokenizer(ARITH / "model")
+EXACT = 1e-4  # nats; float32 sums in another order
+
+
+def config_of(entropy_kind: str = "full_vocab", dtype: str = "float32", **vllm: Any) -> EngineConfig:
+    options = {"max_num_seqs": 16, "kv_cache_gib": 0.05, "enforce_eager": True, "in_process": True} | vllm
+    return EngineConfig(kind="vllm", dtype=dtype, entropy_kind=entropy_kind, vllm=VllmConfig(**options))
+
+
+@contextmanager
+def opened(folder: Path = ARITH / "model", **options: Any) -> Iterator[VllmEngine]:
+    engine = VllmEngine(folder, TOKENIZER, config_of(**options))
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def preemptions(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows by the id of every request that an engine in this process preempts."""
+    scheduler, preempted = engine._cores[0]._engine.engine_core.engine_core.scheduler, []
+    preempt = scheduler._preempt_request
+
+    def noted(request: Any, *args: Any, **kwargs: Any) -> Any:
+        preempted.append(request.request_id)
+        return preempt(request, *args, **kwargs)
+
+    monkeypatch.setattr(scheduler, "_preempt_request", noted)
+    return preempted
+
+
+def sampled(engine: Engine, requests: Sequence[GroupRequest], sampling: SamplingConfig) -> list[Group]:
+    """What the engine samples, checked to be whole."""
+    groups = list(engine.generate(requests, sampling))
+    check_whole(groups, requests, sampling)
+    return groups
+
+
+def agreement(groups: Sequence[Group], others: Sequence[Group]) -> float:
+    """The share of completions that are the same to the token."""
+    ours, theirs = ids_by_prompt(groups), ids_by_prompt(others)
+    return float(np.mean([a == b for name in ours for a, b in zip(ours[name], theirs[name], strict=True)]))
+
+
+def scaled_model(folder: Path) -> Path:
+    """The tiny model with other weights, as a trainer would save it."""
+    model = load_model(ARITH / "model", "cpu", "float32")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    model.save_pretrained(folder)
+    return folder
