@@ -28,7 +28,7 @@ from pipeline.rollouts import quarantine_table
 
 PART_BYTES = 48 << 20  # of the dumps; as staged rows about as much
 MAX_PARTS = 512  # open files
-PARQUET_GROWTH = 4  # compressed columns in memory
+PARQUET_GROWTH = 2  # compressed columns in memory
 
 
 class ImportStaging:

@@ -24,8 +24,9 @@ from pipeline.hashing import content_id, file_sha256
 from pipeline.import_batches import batches
 from pipeline.import_rows import ImportContext
 from pipeline.import_staging import ImportStaging, bytes_in_memory
-from pipeline.ingest import Ingested, ingest_table
+from pipeline.ingest import Ingested, conflicts, ingest_table
 from pipeline.lake import Lake
+from pipeline.lake_reader import Reader
 from pipeline.rollouts import named
 from pipeline.sqlfiles import sql_file
 
@@ -127,22 +128,27 @@ def num_unscored(lake: Lake, run_ids: Sequence[str]) -> int:
 def _committed(lake: Lake, part: pa.Table) -> tuple[Ingested, frozenset[str]]:
     """Gives whole groups their places and commits them."""
     with lake.reader() as reader:
-        reader.materialize_rows("staged_rollouts", part.select(_PLACE))
-        places = reader.table(sql_file("staging/group_places"))
-    position = np.zeros(0, dtype=np.int64)
-    if part.num_rows:
-        numbers = part["nth"].to_numpy()
-        position = np.argsort(numbers)[np.searchsorted(np.sort(numbers), places["nth"].to_numpy())]
-    part = part.take(pa.array(position)).combine_chunks()
-    for name in ("sample_index", "group_size"):
-        part = part.set_column(part.column_names.index(name), name, places[name])
-    rows = named(part.select(schema.ROLLOUTS.names))
+        part = _placed(reader, part)
+        rows = named(part.select(schema.ROLLOUTS.names))
+        reasons = conflicts(reader, rows)
 
     def origin_of(row: int) -> tuple[str, dict[str, Any]]:
         return part["source"][row].as_py(), rows.slice(row, 1).to_pylist()[0]
 
-    done = ingest_table(lake, _dated(rows), origin_of, _prompts(part))
+    done = ingest_table(lake, _dated(rows), reasons, origin_of, _prompts(part))
     return done, frozenset(pc.unique(rows["run_id"]).to_pylist())
+
+
+def _placed(reader: Reader, part: pa.Table) -> pa.Table:
+    """The rows that were not refused, group after group, each with its index and its group's size."""
+    reader.materialize_rows("staged_rollouts", part.select(_PLACE))
+    places = reader.table(sql_file("staging/group_places"))
+    numbers = part["nth"].to_numpy()
+    order = np.argsort(numbers)
+    part = part.take(order[np.searchsorted(numbers[order], places["nth"].to_numpy())]).combine_chunks()
+    for name in ("sample_index", "group_size"):
+        part = part.set_column(part.column_names.index(name), name, places[name])
+    return part
 
 
 def _dated(rows: pa.Table) -> pa.Table:

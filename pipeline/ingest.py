@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.lake import Lake
+from pipeline.lake_reader import Reader
 from pipeline.records import Prompt
 from pipeline.rollouts import Refused, checked, prompt_table, quarantine_table, rollout_table
 from pipeline.sqlfiles import sql_file
@@ -53,9 +54,13 @@ def ingest(
     good, bad = checked(rows, sources)
     source_of = {id(row): source for row, source in zip(rows, sources, strict=True)}
     prompts_table = prompt_table(prompts) if prompts else None
+    table = rollout_table(good)
+    with lake.reader() as reader:
+        reasons = conflicts(reader, table)
     return ingest_table(
         lake,
-        rollout_table(good),
+        table,
+        reasons,
         lambda row: (source_of[id(good[row])], good[row]),
         prompts_table,
         [*refused, *bad],
@@ -65,21 +70,22 @@ def ingest(
 def ingest_table(
     lake: Lake,
     rows: pa.Table,
+    reasons: Mapping[int, str],
     origin_of: Callable[[int], tuple[str, Mapping[str, Any]]],
     prompts: pa.Table | None = None,
     refused: Sequence[Refused] = (),
 ) -> Ingested:
-    """`ingest` of rows that are checked and named.
+    """`ingest` of rows that are checked, named and compared with the lake.
 
     Args:
         rows: of the schema of `rollouts`.
+        reasons: their `conflicts`.
         origin_of: the source of a row, by its number, and what of it goes to quarantine.
         prompts: of the schema of `prompts`.
 
     Raises:
         LakeError: the lake cannot be written; then nothing of this call is in it.
     """
-    reasons = _conflicts(lake, rows) if rows.num_rows else {}
     conflicting = [
         Refused(reason, source, dict(row))
         for reason, (source, row) in ((reason, origin_of(number)) for number, reason in reasons.items())
@@ -97,12 +103,11 @@ def ingest_table(
     return Ingested(new["rollouts"], good.num_rows - new["rollouts"], len(all_refused))
 
 
-def _conflicts(lake: Lake, rows: pa.Table) -> dict[int, str]:
+def conflicts(reader: Reader, rows: pa.Table) -> dict[int, str]:
     """Why rows contradict their group, by their number: another prompt or policy, or a taken place."""
     numbers = pa.array(np.arange(rows.num_rows))
-    with lake.reader() as reader:
-        reader.materialize_rows("incoming_rollouts", rows.select(_CLAIM).append_column("nth", numbers))
-        found = reader.rows(sql_file("staging/conflicts"))
+    reader.materialize_rows("incoming_rollouts", rows.select(_CLAIM).append_column("nth", numbers))
+    found = reader.rows(sql_file("staging/conflicts"))
     return {conflict["nth"]: _reason(rows, conflict) for conflict in found}
 
 
