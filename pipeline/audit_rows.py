@@ -71,7 +71,8 @@ def _reward_rows(
         try:
             yield _reward_row(number, row, tokenizer)
         except FormatError as error:
-            refused[row.problem or str(error)] += 1
+            known = row.values.keys() & {"group_id", "reward"}
+            refused[str(error) if known else row.problem or str(error)] += 1
 
 
 def _parquet_rows(path: Path) -> Iterator[SourceRow]:

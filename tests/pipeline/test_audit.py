@@ -155,9 +155,9 @@ def test_a_row_that_is_there_twice_counts_once_and_an_expert_never(tmp_path):
 
 def test_rows_that_say_no_group_or_reward_are_counted_by_reason(tmp_path):
     bad = [
+        {"group_id": "a", "reward": "1"},
         {"reward": 1},
         {"group_id": "a"},
-        {"group_id": "a", "reward": "1"},
         {"group_id": 3, "reward": 1},
         4,
     ]
@@ -241,7 +241,7 @@ def test_the_page_holds_the_figures_escapes_what_dumps_say_and_loads_nothing(tmp
 
 
 def test_the_page_of_a_dump_without_a_group_says_so(tmp_path):
-    path = written(tmp_path / "d.jsonl", [{"reward": 1}])
+    path = written(tmp_path / "d.jsonl", [{"group_id": 3, "reward": 1}])
     page = write_audit_page(audit([path], None, MiningConfig()), [path], tmp_path / "a.html").read_text()
     assert "The dump holds no group." in Page(page).text
 
