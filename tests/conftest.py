@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
+import postgres_server
 import pytest
 import sample_lake as sample
 
@@ -15,11 +18,22 @@ def chromium() -> Path:
     """Debian's Chromium. Where it is missing the test skips loudly; in CI it fails."""
     path = shutil.which("chromium")
     if path is None:
-        reason = "NOT TESTED: there is no Chromium to open the page in. Run `apt-get install chromium`."
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
+        _not_tested("there is no Chromium to open the page in. Run `apt-get install chromium`.")
     return Path(path)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[postgres_server.Server]:
+    """A PostgreSQL server of our own. Where there is none the test skips loudly; in CI it fails."""
+    programs = postgres_server.programs()
+    if programs is None:
+        _not_tested("there is no PostgreSQL server. Run `apt-get install postgresql`.")
+    with postgres_server.running(programs) as server:
+        yield server
+
+
+def _not_tested(reason: str) -> NoReturn:
+    (pytest.fail if os.environ.get("CI") else pytest.skip)(f"NOT TESTED: {reason}")
 
 
 @pytest.fixture(scope="session")
