@@ -38,7 +38,19 @@ class Server:
 
     def execute(self, sql: str, database: str = "postgres") -> str:
         """What psql prints for `sql`, columns between bars."""
-        command = ["psql", "-qAt", "-h", str(self.folder), "-p", str(self.port), "-U", USER, "-c", sql, database]
+        command = [
+            "psql",
+            "-qAt",
+            "-h",
+            str(self.folder),
+            "-p",
+            str(self.port),
+            "-U",
+            USER,
+            "-c",
+            sql,
+            database,
+        ]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 

@@ -11,12 +11,16 @@ from postgres_server import Server
 from pipeline.lake import Lake
 
 ON_BOTH_CATALOGS = {"test_lake", "test_mine", "test_ingest"}
+ON_POSTGRES = {"test_catalog_postgres"}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "catalog" in metafunc.fixturenames:
-        both = metafunc.module.__name__ in ON_BOTH_CATALOGS
-        metafunc.parametrize("catalog", ["sqlite", "postgres"] if both else ["sqlite"])
+        name = metafunc.module.__name__
+        catalogs = ["sqlite"] * (name not in ON_POSTGRES) + ["postgres"] * (
+            name in ON_BOTH_CATALOGS | ON_POSTGRES
+        )
+        metafunc.parametrize("catalog", catalogs)
 
 
 @pytest.fixture(scope="session")
