@@ -10,7 +10,7 @@ import os
 import re
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -42,7 +42,7 @@ _CURES = (
     (r'database "[^"]*" does not exist', "Make it with `createdb`, or mend the address"),
     (r"role .* does not exist", "Name another user in the address, or make this one with `createuser`"),
     (r"permission denied", "Grant it to the address's user"),
-    (r"invalid (uri|connection|sslmode|integer)|service", "Mend the address"),
+    (r"invalid (uri|connection|sslmode|integer)|definition of service", "Mend the address"),
     (r"ducklake_snapshot", "It holds no lake: restore it from a backup, or mend the address"),
 )
 
@@ -111,7 +111,7 @@ class PostgresCatalog:
             there = {name for (name,) in connection.execute(tables).fetchall()}
             if there and "mining_runs" not in there:
                 raise LakeError(
-                    f"The database {self.where} holds a DuckLake that is none of EchoMine's. Give another one."
+                    f"The database {self.where} holds a DuckLake that is none of EchoMine's. Give another."
                 )
             if not there:
                 make_tables(connection)
@@ -134,7 +134,9 @@ class PostgresCatalog:
         text = re.sub(r'^.*?Unable to connect to Postgres at "[^"]*": ', "", str(error), flags=re.DOTALL)
         cures = (cure for pattern, cure in _CURES if re.search(pattern, text, re.IGNORECASE))
         cure = next(cures, "Start the server, or mend the address")
-        return f"The catalog {self.where} cannot be read: {said(Exception(text))}. {cure} (see {MARKER})."
+        marker = self.files.with_name(MARKER)
+        place = f" The address stands in {marker}." if marker.exists() else ""
+        return f"The catalog {self.where} cannot be read: {said(Exception(text))}. {cure}.{place}"
 
 
 @dataclass
@@ -174,8 +176,16 @@ class Turn:
             load_extension(connection, "postgres")
             connection.execute(f"attach '{quoted(self.url)}' as newest (type postgres, read_only)")
             connection.execute("begin")
+            stack.callback(_let_go, connection)
             connection.execute("from postgres_query('newest', ?)", [_TAKE_TURN]).fetchall()
             self._held = stack.pop_all()
+
+
+def _let_go(connection: duckdb.DuckDBPyConnection) -> None:
+    # Said explicitly: a rollback that fails while a session is closed ends the process (postgres 1.5.5).
+    # Where it fails the connection was lost, and the server let go of the lock by then.
+    with suppress(duckdb.Error):
+        connection.execute("rollback")
 
 
 def write_marker(folder: Path, url: str) -> None:

@@ -4,8 +4,8 @@
     lake/files/           data files
     lake/runs/            what nights leave behind: reports, metrics, checkpoints, shards
 
-Writers take turns (a lock around each commit, of the machine or the database); readers never wait and never see
-half a commit. Every commit is a snapshot that can be queried again.
+Writers take turns (a lock around each commit, of the machine or the database); readers never wait and
+never see half a commit. Every commit is a snapshot that can be queried again.
 """
 
 from __future__ import annotations
