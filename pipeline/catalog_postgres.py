@@ -131,7 +131,13 @@ class PostgresCatalog:
         return Turn(self.url)
 
     def unreadable(self, error: duckdb.Error) -> str:
-        text = re.sub(r'^.*?Unable to connect to Postgres at "[^"]*": ', "", str(error), flags=re.DOTALL)
+        # libpq's sentence alone, without DuckDB's before it and its own question after it
+        text = re.sub(
+            r'^.*?Unable to connect to Postgres at "[^"]*": |\s*Is the server running.*$',
+            "",
+            str(error),
+            flags=re.DOTALL,
+        )
         cures = (cure for pattern, cure in _CURES if re.search(pattern, text, re.IGNORECASE))
         cure = next(cures, "Start the server, or mend the address")
         marker = self.files.with_name(MARKER)

@@ -88,10 +88,10 @@ def _model(config: NightlyConfig) -> Finding:
 
 
 def _lake(folder: Path) -> Iterator[Finding]:
-    if not Lake(folder.absolute()).catalog.exists():
-        yield Finding("lake", True, f"none in {folder} yet; `echomine nightly` makes it")
-        return
     try:
+        if not Lake(folder.absolute()).catalog.exists():
+            yield Finding("lake", True, f"none in {folder} yet; `echomine nightly` makes it")
+            return
         lake = Lake.open(folder)
         with lake.reader() as reader:
             damaged = reader.damaged_files()

@@ -240,6 +240,24 @@ def test_two_writers_and_two_readers_meet_no_error_and_lose_nothing(lake: Lake) 
     assert len(data_files(lake)) == 40
 
 
+@pytest.mark.slow
+def test_readers_and_writers_go_on_while_the_lake_is_maintained(lake: Lake) -> None:
+    for number in range(6):  # small files, for a maintenance that merges them
+        lake.commit(group(f"before-{number}"))
+    with lake.reader() as reader:
+        workers = [start("write", lake.folder, "during", 10), start("read", lake.folder, 15)]
+        maintenance = start("maintain", lake.folder, 5)
+        assert finished(workers) == [(0, "")] * 2
+        ((code, said),) = finished([maintenance])
+        assert code == 0, said
+        assert reader.rows("select count(*) as n from rollouts") == [{"n": 12}]  # as when it was opened
+    expected = {f"before-{n}" for n in range(6)} | {f"during-{n}" for n in range(10)}
+    assert set(groups_in(lake)) == expected
+    with lake.reader() as reader:
+        assert reader.damaged_files() == []
+        assert reader.rows("select count(*) as n from rollouts") == [{"n": 32}]
+
+
 def test_a_writer_killed_before_its_commit_leaves_only_an_orphan(lake: Lake) -> None:
     lake.commit(group("a"))
     (kept,) = data_files(lake)
