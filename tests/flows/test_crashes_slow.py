@@ -26,7 +26,7 @@ from pipeline.lake import Lake
 
 pytestmark = pytest.mark.slow
 
-NUM_GROUPS = 2200  # more rollouts than one commit of an import takes
+MANY_GROUPS, FEW_GROUPS = 2200, 300  # many: more rollouts than an import commits at once
 VOLATILE = {"created_at", "scored_at", "mining_id", "snapshot", "seconds", "path", "sha256"}
 
 NIGHT = """
@@ -51,16 +51,15 @@ def killer(tmp_path: Path) -> Killer:
     return Killer(seed=int(os.environ.get("KILL_SEED", time.time_ns() % 10**6)), log=tmp_path / "log")
 
 
-@pytest.fixture(scope="module")
-def dump(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_dump(path: Path, num_groups: int) -> Path:
     """Solved groups, one mixed and one failed, and a row that is refused."""
     night, random = dumps.night(), np.random.default_rng(0)
     rows = [row | {"reward": float("nan")} for row in night[:1]] + night[1:]
-    for number in range(NUM_GROUPS):
+    for number in range(num_groups):
         for row in night[:2]:
             entropies = np.float32(random.gamma(0.5, 0.4, len(row["completion_ids"]))).tolist()
             rows.append(row | {"group_id": f"group {number}", "completion_entropies": entropies})
-    return dumps.write_jsonl(tmp_path_factory.mktemp("dump") / "dump.jsonl", rows)
+    return dumps.write_jsonl(path, rows)
 
 
 def import_into(lake: Path, dump: Path) -> list[object]:
@@ -117,13 +116,15 @@ def fresh(tmp_path: Path) -> Callable[..., Callable[[], Path]]:
 
 
 @pytest.fixture(scope="module")
-def imported(dump: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("imported")
+    dump = write_dump(folder / "dump.jsonl", FEW_GROUPS)
     Killer(0, folder / "log").run(*import_into(folder / "lake", dump))
     return folder / "lake"
 
 
-def test_an_import_that_was_killed_is_finished_by_the_next(killer, fresh, dump):
+def test_an_import_that_was_killed_is_finished_by_the_next(killer, fresh, tmp_path):
+    dump = write_dump(tmp_path / "dump.jsonl", MANY_GROUPS)
     survives(killer, 9, fresh(), lambda lake: import_into(lake, dump))
 
 
@@ -145,7 +146,7 @@ def test_an_export_that_was_killed_is_finished_by_the_next(killer, fresh, import
     killer.run("mine", "--lake", imported)
 
     def export(lake: Path) -> list[object]:
-        return ["export", "shards", lake / "out", "--clips-per-shard", "500", "--lake", lake]
+        return ["export", "shards", lake / "out", "--clips-per-shard", "100", "--lake", lake]
 
     survives(killer, 6, fresh(imported), export, exported)
 
