@@ -166,6 +166,7 @@ def test_a_database_that_lost_its_catalog_is_no_empty_lake(
     assert len(data_files(lake)) == 1
 
 
+@pytest.mark.slow
 def test_a_writer_whose_server_drops_its_connections_loses_nothing_when_started_again(
     postgres: Server, database: str, tmp_path: Path
 ) -> None:
