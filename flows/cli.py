@@ -24,6 +24,7 @@ _IN_ORDER = (
     ask.sql,
     look.report,
     look.audit,
+    care.init,
     care.maintain,
     care.doctor,
 )

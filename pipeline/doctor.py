@@ -29,6 +29,7 @@ TESTED = {
     "duckdb": "1.5.5",
     "duckdb-extension-ducklake": "1.5.5",
     "duckdb-extension-sqlite": "1.5.5",
+    "duckdb-extension-postgres": "1.5.5",
     "polars": "2.1.0",
     "pyarrow": "26.0.1",
     "prefect": "3.7.7",
@@ -87,10 +88,10 @@ def _model(config: NightlyConfig) -> Finding:
 
 
 def _lake(folder: Path) -> Iterator[Finding]:
-    if not (folder / "catalog.sqlite").exists():
-        yield Finding("lake", True, f"none in {folder} yet; `echomine nightly` makes it")
-        return
     try:
+        if not Lake(folder.absolute()).catalog.exists():
+            yield Finding("lake", True, f"none in {folder} yet; `echomine nightly` makes it")
+            return
         lake = Lake.open(folder)
         with lake.reader() as reader:
             damaged = reader.damaged_files()

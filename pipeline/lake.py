@@ -1,11 +1,11 @@
 """The rollout lake: plain Parquet files plus a SQL catalog (DuckLake), versioned and transactional.
 
-    lake/catalog.sqlite   the catalog
+    lake/catalog.sqlite   the catalog; or lake/catalog.url, which names a PostgreSQL database
     lake/files/           data files
     lake/runs/            what nights leave behind: reports, metrics, checkpoints, shards
 
-Writers of one machine take turns (a file lock around each commit); readers never wait and never see
-half a commit. Every commit is a snapshot that can be queried again.
+Writers take turns (a lock around each commit, of the machine or the database); readers never wait and
+never see half a commit. Every commit is a snapshot that can be queried again.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from typing import TypeVar
 
 import duckdb
 import pyarrow as pa
-from filelock import FileLock
 
 from pipeline import schema
-from pipeline.catalog import Catalog, retried, session
+from pipeline.catalog import Catalog, SqliteCatalog, retried, session
+from pipeline.catalog_postgres import MARKER, PostgresCatalog, postgres_url, write_marker
 from pipeline.errors import LakeError, said
 from pipeline.lake_reader import Reader
 from pipeline.parquet import write_data_file
@@ -42,8 +42,13 @@ class Lake:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.files = folder / "files"
-        self.catalog = Catalog(folder / "catalog.sqlite", self.files)
-        self._lock = FileLock(folder / "write.lock")
+        marker = folder / MARKER
+        self.catalog: Catalog = (
+            PostgresCatalog.of(marker, self.files)
+            if marker.is_file()
+            else SqliteCatalog(folder / "catalog.sqlite", self.files)
+        )
+        self._lock = self.catalog.turn()
 
     @classmethod
     def open(cls, folder: Path) -> Lake:
@@ -53,7 +58,7 @@ class Lake:
             LakeError: there is none, it is damaged, or it was made by a newer EchoMine.
         """
         lake = cls(folder.absolute())
-        if not lake.catalog.path.is_file():
+        if not lake.catalog.exists():
             raise LakeError(
                 f"There is no lake in {folder}. Give its folder with --lake or ECHOMINE_LAKE, "
                 "or make one with `echomine nightly` or `echomine import`."
@@ -70,14 +75,25 @@ class Lake:
         return lake
 
     @classmethod
-    def create(cls, folder: Path) -> Lake:
-        """The lake in `folder`, made if there is none yet."""
+    def create(cls, folder: Path, catalog_url: str | None = None) -> Lake:
+        """The lake in `folder`, made if there is none yet.
+
+        Args:
+            catalog_url: the PostgreSQL database that holds or shall hold its catalog; by default a SQLite
+                file in the folder, or what the folder says.
+
+        Raises:
+            LakeError: it cannot be made there, or the folder and the database belong to different lakes.
+        """
         lake = cls(folder.absolute())
         try:
             lake.files.mkdir(parents=True, exist_ok=True)
-            with lake._lock:
-                if not lake.catalog.path.exists():
-                    lake._create_tables()
+            if catalog_url is not None:
+                lake._join(PostgresCatalog(postgres_url(catalog_url), lake.files))
+            else:
+                with lake._lock:
+                    if not lake.catalog.exists():
+                        lake.catalog.create(_make_tables)
         except (OSError, duckdb.Error) as error:
             what = error.strerror if isinstance(error, OSError) else None
             raise LakeError(
@@ -86,24 +102,27 @@ class Lake:
             ) from error
         return cls.open(folder)
 
-    def _create_tables(self) -> None:
-        # Built under another name, so that a crash leaves no half-made catalog behind.
-        building = self.catalog.path.with_name(f"building-{uuid.uuid4().hex}.sqlite")
+    def _join(self, catalog: PostgresCatalog) -> None:
+        """Makes or takes over a catalog in a database for this folder, and notes it there."""
+        if self.catalog.exists() and getattr(self.catalog, "url", None) != catalog.url:
+            raise LakeError(
+                f"The lake in {self.folder} has its catalog in {self.catalog.where}, and a catalog cannot be "
+                "moved. Give the folder of a new lake with --lake."
+            )
+        self.catalog, self._lock = catalog, catalog.turn()
         try:
-            with session() as connection:
-                Catalog(building, self.files).attach(connection, "meta_journal_mode 'wal'")
-                connection.execute("begin")
-                for table in schema.TABLES:
-                    connection.execute(schema.ddl(table))
-                connection.execute(
-                    "insert into meta values ('schema_version', ?)", [str(schema.SCHEMA_VERSION)]
-                )
-                connection.execute("commit")
-                option = f"'data_inlining_row_limit', '{INLINED_ROWS}'"
-                connection.execute(f"call ducklake_set_option('lake', {option})")
-            building.rename(self.catalog.path)  # SQLite has moved its journal into the file by now
-        finally:
-            _remove(list(building.parent.glob(f"{building.name}*")))
+            with self._lock:
+                catalog.create(_make_tables)
+        except duckdb.Error as error:
+            raise LakeError(catalog.unreadable(error)) from error
+        with self.reader() as reader:
+            known = reader.rows("select path from files order by created_at desc limit 1")
+        if known and not (self.folder / known[0]["path"]).exists():
+            raise LakeError(
+                f"The database {catalog.where} holds the catalog of a lake whose files are not in "
+                f"{self.folder}: {known[0]['path']} is missing. Give the folder that its other machines use."
+            )
+        write_marker(self.folder, catalog.url)
 
     def _migrate(self) -> None:
         def change(connection: duckdb.DuckDBPyConnection, _written: list[Path]) -> None:
@@ -155,10 +174,7 @@ class Lake:
                     f"Snapshot {snapshot} of the lake in {self.folder} is from before its tables were made. "
                     'See `echomine sql "from snapshots"` for later ones.'
                 ) from error
-            raise LakeError(
-                f"The catalog {self.catalog.path} cannot be read: {said(error)}. "
-                "Restore it from a backup; the data files beside it were not touched."
-            ) from error
+            raise LakeError(self.catalog.unreadable(error)) from error
 
     def commit(self, tables: Mapping[str, pa.Table]) -> dict[str, int]:
         """Appends rows to several tables in one transaction; rows whose key is there already are left out.
@@ -232,21 +248,36 @@ class Lake:
                     try:
                         connection.execute("commit")
                     except duckdb.Error:
-                        written += committed
+                        written += self._unnamed(committed)
                         raise
                     return result
             except BaseException:
                 _remove(written)
                 raise
 
-        try:
+        def in_turn() -> Result:
             with self._lock:
-                return retried(once)
+                return once()
+
+        try:
+            return retried(in_turn)
         except (OSError, duckdb.Error) as error:
             raise LakeError(
                 f"Cannot write to the lake in {self.folder}: {said(error)}. "
                 "Nothing of this commit was kept; mend that and run the command again."
             ) from error
+
+    def _unnamed(self, files: list[Path]) -> list[Path]:
+        """Those that the catalog does not name: a server's answer to a commit may be lost on the way."""
+        try:
+            with session() as connection:
+                self.catalog.attach(connection, "read_only")
+                named = connection.execute(
+                    "select parse_filename(path) from __ducklake_metadata_lake.ducklake_data_file"
+                ).fetchall()
+        except duckdb.Error:
+            return []  # unknown, so all are kept; `delete_orphans` finds those that no snapshot names
+        return [path for path in files if (path.name,) not in named]
 
     def _add(
         self, connection: duckdb.DuckDBPyConnection, name: str, rows: pa.Table, written: list[Path]
@@ -297,6 +328,15 @@ class Lake:
             raise LakeError(
                 f"Cannot tidy the lake in {self.folder}: {said(error)}. Mend that and run the command again."
             ) from error
+
+
+def _make_tables(connection: duckdb.DuckDBPyConnection) -> None:
+    """Begins a transaction that makes all tables; the option before it is set at once."""
+    connection.execute(f"call ducklake_set_option('lake', 'data_inlining_row_limit', '{INLINED_ROWS}')")
+    connection.execute("begin")
+    for table in schema.TABLES:
+        connection.execute(schema.ddl(table))
+    connection.execute("insert into meta values ('schema_version', ?)", [str(schema.SCHEMA_VERSION)])
 
 
 def _new_rows(connection: duckdb.DuckDBPyConnection, name: str, rows: pa.Table) -> pa.Table:

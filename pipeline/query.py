@@ -32,6 +32,9 @@ _REFUSED = re.compile(
 )
 _FILE = re.compile(r"[/\\]|\.(parquet|csv|tsv|json|jsonl|ndjson|db|duckdb|sqlite|gz|zst)$", re.IGNORECASE)
 _SIZE = re.compile(r"(?=.*[1-9])[0-9]+(\.[0-9]+)? ?[KMGT]i?B", re.IGNORECASE)
+# DuckLake's own tables may be asked, but not what else a PostgreSQL database holds, such as its passwords.
+_CATALOG = re.compile(r"__ducklake_metadata_.*", re.IGNORECASE)
+_OF_DUCKLAKE = re.compile(r"ducklake_\w+", re.IGNORECASE)
 _COMMENTS = re.compile(r"\A(\s+|--[^\n]*(\n|\Z)|/\*.*?\*/)+", re.DOTALL)
 _EXPLAIN = re.compile(r"\Aexplain\b(\s+analyze\b|\s*\(\s*(analyze|format)\b[\w\s,]*\))?", re.IGNORECASE)
 
@@ -127,8 +130,11 @@ def _beyond_the_lake(node: Any) -> Iterator[str]:
                 yield called
         elif isinstance(function, str) and _REFUSED.fullmatch(function):
             yield function
-        elif kind in ("BASE_TABLE", "SHOW_REF") and isinstance(table, str) and _FILE.search(table):
-            yield table
+        elif kind in ("BASE_TABLE", "SHOW_REF") and isinstance(table, str):
+            databases = (str(node.get(part)) for part in ("catalog_name", "schema_name"))
+            in_catalog = any(_CATALOG.fullmatch(name) for name in databases)
+            if _FILE.search(table) or (in_catalog and not _OF_DUCKLAKE.fullmatch(table)):
+                yield table
         for child in node.values():
             yield from _beyond_the_lake(child)
     elif isinstance(node, list):

@@ -82,6 +82,7 @@ FILES = [
     "summarize '{outside}/secret.csv'",
     "from read_duckdb('{outside}/other.duckdb')",
     "from sqlite_scan('{outside}/other.sqlite', 'secret')",
+    "from __ducklake_metadata_lake.sqlite_master",
     "from system.main.\"SQLITE_SCAN\"('{outside}/other.sqlite', 'secret')",
     "from sqlite_query('{outside}/other.sqlite', 'select 1')",
     "from '{outside}/other.sqlite'",

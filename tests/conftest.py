@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
+import postgres_server
 import pytest
 import sample_lake as sample
 from vllm_server import MODEL, vllm_serve
@@ -34,10 +35,18 @@ def arith_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield url
 
 
-def _not_tested(why: str) -> NoReturn:
-    if os.environ.get("CI"):
-        pytest.fail(f"NOT TESTED: {why}")
-    pytest.skip(f"NOT TESTED: {why}")
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[postgres_server.Server]:
+    """A PostgreSQL server of our own. Where there is none the test skips loudly; in CI it fails."""
+    programs = postgres_server.programs()
+    if programs is None:
+        _not_tested("there is no PostgreSQL server. Run `apt-get install postgresql`.")
+    with postgres_server.running(programs) as server:
+        yield server
+
+
+def _not_tested(reason: str) -> NoReturn:
+    (pytest.fail if os.environ.get("CI") else pytest.skip)(f"NOT TESTED: {reason}")
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""`echomine maintain` and `echomine doctor`: keeping the lake and the machine sound."""
+"""`echomine init`, `maintain` and `doctor`: making a lake for several machines, keeping it sound."""
 
 from __future__ import annotations
 
@@ -11,6 +11,32 @@ from flows.commands.output import print_counts, print_json
 from flows.options import common_options, json_option
 from pipeline.config import load_config
 from pipeline.errors import EchoMineError
+
+
+@echomine.command(
+    short_help="Make a lake whose catalog is a PostgreSQL database.",
+    epilog=EXAMPLE + "echomine init --lake /mnt/lake --catalog postgresql://miner@db.example/echomine",
+)
+@common_options
+@json_option
+@click.option(
+    "--catalog",
+    envvar="ECHOMINE_CATALOG",
+    required=True,
+    help="postgresql://user@host:5432/database, without a password (or set ECHOMINE_CATALOG)",
+)
+def init(lake: Path, config: Path | None, as_json: bool, catalog: str) -> None:
+    """Make a lake whose catalog is a PostgreSQL database, for several machines that write to one lake.
+
+    The password comes from PGPASSWORD or ~/.pgpass. Where the lake is there already, nothing changes. A lake
+    for one machine needs no init: its catalog is a SQLite file.
+    """
+    load_config(config)
+    from pipeline.lake import Lake
+
+    made = Lake.create(lake, catalog)
+    with made.reader() as reader:
+        print_counts(as_json, {"lake": lake, "catalog": made.catalog.where, "snapshot": reader.snapshot})
 
 
 @echomine.command(

@@ -97,7 +97,9 @@ def _mining(reader: Reader, mining_id: str | None) -> dict[str, Any]:
     folder = reader.lake.folder
     minings = reader.rows("select mining_id, config_hash, snapshot from mining_runs order by created_at desc")
     if not minings:
-        raise NothingToMine(f"The lake in {folder} was never mined. Run `echomine mine` first.")
+        raise NothingToMine(
+            f"The lake in {folder} was never mined by snapshot {reader.snapshot}. Run `echomine mine` first."
+        )
     chosen = [mining for mining in minings if mining["mining_id"].startswith(mining_id or "")]
     if not chosen:
         raise MiningError(

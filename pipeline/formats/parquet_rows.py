@@ -19,7 +19,7 @@ def column_names(path: Path) -> list[str] | None:
     try:
         with pq.ParquetFile(path) as file:
             return list(file.schema_arrow.names)
-    except (pa.ArrowException, OSError):
+    except (pa.ArrowException, OSError, UnicodeDecodeError):
         return None
 
 
@@ -33,7 +33,7 @@ def parquet_tables(path: Path) -> Iterator[pa.Table]:
         with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
             for batch in file.iter_batches(batch_size=_batch_rows(file.metadata)):
                 yield pa.Table.from_batches([batch])
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: a damaged column name
         raise FormatError(f"{path} is no complete Parquet file: {error}. Copy it again.") from error
 
 

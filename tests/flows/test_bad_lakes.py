@@ -77,6 +77,25 @@ def test_a_dump_that_cannot_be_read_makes_no_lake(refused, tmp_path, name, parts
     says(refused("import", "rollouts", tmp_path / name, *into(tmp_path / "lake")), tmp_path / name, *parts)
 
 
+@pytest.mark.parametrize("where", ["a value", "a column's name", "the footer"])
+def test_a_parquet_dump_with_a_flipped_bit_is_refused_by_name(tmp_path, capfd, where):
+    dump = tmp_path / "dump.parquet"
+    pq.write_table(pa.Table.from_pylist(dumps.night()), dump, write_page_checksum=True)
+    content = bytearray(dump.read_bytes())
+    places = {
+        "a value": len(content) // 8,
+        "a column's name": content.index(b"reward") + 3,
+        "the footer": len(content) - 6,
+    }
+    content[places[where]] ^= 0x80
+    dump.write_bytes(content)
+    assert main(["import", "rollouts", str(dump), *into(tmp_path / "lake")]) == 2
+    errors = capfd.readouterr().err
+    assert errors.count("\n") == 1
+    says(errors, f"echomine: {dump} is no complete Parquet file", "Copy it again")
+    assert not list(tmp_path.rglob("rollouts/*.parquet"))
+
+
 def test_an_import_needs_a_tokenizer_that_is_there(refused, tmp_path):
     dump = dumps.write_jsonl(tmp_path / "dump.jsonl", dumps.night())
     line = refused("import", "rollouts", dump, "--tokenizer", tmp_path / "none", "--lake", tmp_path / "lake")

@@ -55,6 +55,14 @@ def read(folder: Path, count: int) -> None:
         before = len(sizes)
 
 
+def maintain(folder: Path, count: int) -> None:
+    """The command, again and again."""
+    from flows.cli import main
+
+    for _ in range(count):
+        assert main(["maintain", "--json", "--lake", str(folder)]) == 0
+
+
 def die(folder: Path) -> None:
     """Killed between the data file and the commit."""
 
@@ -87,6 +95,8 @@ if __name__ == "__main__":
         write(Path(target), rest[0], int(rest[1]))
     elif task == "read":
         read(Path(target), int(rest[0]))
+    elif task == "maintain":
+        maintain(Path(target), int(rest[0]))
     elif task == "die":
         die(Path(target))
     elif task == "fill":

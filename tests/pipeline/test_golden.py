@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mining_reference import walked
 
 from pipeline.config import MiningConfig
 from pipeline.ingest import ingest
@@ -73,6 +74,19 @@ def test_mining_gives_the_golden_clips(
         assert {name: found[name] for name in CLIP_FIELDS} == {name: expected[name] for name in CLIP_FIELDS}
         assert np.float32(found["step_entropy"]) == np.float32(expected["step_entropy"])
         assert set(expected) == {*CLIP_FIELDS, "step_entropy"}
+
+
+@pytest.mark.parametrize("case", GOLDEN["mining"], ids=lambda case: json.dumps(case["options"]))
+def test_the_reference_of_the_property_tests_gives_the_golden_clips(case: dict[str, Any]) -> None:
+    rows = [
+        {"policy_version": 0, "prompt_id": None, "finish_reason": "stop"} | row
+        for name, group in GOLDEN["groups"].items()
+        for row in lake_rows(name, group)
+    ]
+    classes, dropped, clips = walked(rows, MiningConfig(**case["options"]))
+    assert (classes, dropped) == (case["groups"], case["dropped"])
+    expected = [clip | {"step_entropy": np.float32(clip["step_entropy"])} for clip in case["clips"]]
+    assert [clip | {"step_entropy": np.float32(clip["step_entropy"])} for clip in clips] == expected
 
 
 def test_the_golden_clips_number_their_steps_and_name_their_rollouts(

@@ -1,0 +1,164 @@
+"""Mining in SQL against a plain walk of the rules, on lakes that hypothesis makes up."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, assume, event, given, settings
+from hypothesis import strategies as st
+from lake_worker import rollout
+from mining_reference import CLIP, Row, SeveralKinds, walked
+
+from pipeline.config import MiningConfig
+from pipeline.errors import MiningError
+from pipeline.ingest import ingest
+from pipeline.lake import Lake
+from pipeline.mine import mine
+
+MAX_TOKENS = 8
+REWARDS = {
+    "solved": st.sampled_from([1.0, 1.0, 1.0, 1.0 - 5e-7]),
+    "failed": st.just(0.0),
+    "equal": st.just(1 / 3),
+    "mixed": st.sampled_from([0.0, 1 / 3, 0.5, 0.75, 1.0, 1.0 + 1e-6, 2.0]),
+}
+SETTINGS = settings(
+    deadline=None,  # a lake's speed is the machine's
+    derandomize=bool(os.environ.get("CI")),
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
+)
+
+
+def digits(number: int, base: int, count: int) -> list[int]:
+    return [number // base**place % base for place in range(count)]
+
+
+@st.composite
+def rollout_rows(draw: st.DrawFn, style: str, kinds: list[str | None]) -> Row:
+    """A rollout of few tokens, so that clips and entropies are often equal; one number holds many choices."""
+    num_tokens = draw(st.integers(0, MAX_TOKENS))
+    kind = draw(st.sampled_from(kinds))
+    entropies = digits(draw(st.integers(0, 4**MAX_TOKENS - 1)), 4, num_tokens)
+    cuts = digits(draw(st.integers(0, 2**MAX_TOKENS - 1)), 2, max(num_tokens - 1, 0))
+    ends = [place for place, cut in enumerate(cuts, 1) if cut]
+    return {
+        "completion_ids": digits(draw(st.integers(0, 2**MAX_TOKENS - 1)), 2, num_tokens),
+        "completion_entropies": None if kind is None else [entropy / 4 for entropy in entropies],
+        "entropy_kind": kind,
+        "step_ends": [*ends, num_tokens] if num_tokens else [],
+        "reward": draw(REWARDS[style]),
+        "finish_reason": draw(st.sampled_from(["stop"] * 5 + ["length"])),
+        "origin": draw(st.sampled_from(["policy"] * 4 + ["trainer", "expert"])),
+    }
+
+
+@st.composite
+def groups(draw: st.DrawFn, kinds: list[str | None]) -> list[Row]:
+    """A group's rollouts, their sample indices in any order."""
+    style = draw(st.sampled_from(["solved", "solved", *REWARDS]))
+    members = draw(st.lists(rollout_rows(style, kinds), min_size=1, max_size=4))
+    lost, version = draw(st.sampled_from([0, 0, 0, 1])), draw(st.integers(0, 3))
+    facts = {
+        "prompt_id": f"p{draw(st.integers(0, 4))}",
+        "model": draw(st.sampled_from(["m", "n"])),
+        "policy_version": version,
+        "group_size": len(members) + lost,
+    }
+    indices = draw(st.permutations(range(len(members))))
+    return [member | facts | {"sample_index": i} for member, i in zip(members, indices, strict=True)]
+
+
+@st.composite
+def lakes(draw: st.DrawFn) -> list[Row]:
+    """The rows of a lake of up to 150 groups."""
+    kinds = draw(st.sampled_from([["full_vocab"] * 20 + [None], ["full_vocab"] * 9 + ["rescored", None]]))
+    # few where a failure is being narrowed down, else many
+    num_groups = draw(st.one_of(st.integers(1, 8), *[st.integers(80, 150)] * 3))
+    drawn = draw(st.lists(groups(kinds), min_size=num_groups, max_size=num_groups))
+    return [
+        rollout(f"g{number:03}", row["sample_index"]) | row
+        for number, group in enumerate(drawn)
+        for row in group
+    ]
+
+
+def maybe(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.one_of(st.none(), strategy)
+
+
+CONFIGS = st.builds(
+    MiningConfig,
+    scope=st.sampled_from(["zero_advantage", "any_success", "any_success"]),
+    clips_per_group=st.sampled_from([1, 1, 2, 4]),
+    min_step_tokens=st.sampled_from([1, 1, 2, 3]),
+    max_clip_tokens=maybe(st.integers(1, MAX_TOKENS)),
+    min_step_entropy=st.sampled_from([0.0, 0.0, 0.25, 0.5]),
+    allow_truncated=st.booleans(),
+    allow_partial=st.booleans(),
+    min_group_size=st.integers(1, 3),
+    max_policy_lag=st.one_of(st.none(), st.none(), st.integers(0, 3)),
+    policy_version=maybe(st.integers(0, 5)),
+    max_clips=st.one_of(st.none(), st.integers(0, 12), st.integers(0, 40)),
+    max_clips_per_prompt=st.one_of(st.none(), st.integers(0, 3), st.integers(0, 12)),
+    success_reward=st.sampled_from([1.0, 1.0, 1.0, 0.5, 1 / 3]),
+    fail_reward=st.sampled_from([0.0, 0.0, 1 / 3]),
+    reward_tolerance=st.sampled_from([1e-6, 1e-6, 0.0, 0.25, 0.5]),
+    entropy_kind=st.sampled_from([None, "full_vocab", "full_vocab", "full_vocab", "rescored"]),
+)
+OPTION_SETS = st.lists(CONFIGS, min_size=4, max_size=4, unique_by=lambda config: config.model_dump_json())
+
+
+def mined(lake: Lake, config: MiningConfig) -> tuple[Counter[str], Counter[str], list[Row]]:
+    """What SQL gives, in the form of `walked`."""
+    try:
+        mining = mine(lake, config)
+    except MiningError as error:
+        raise SeveralKinds from error
+    with lake.reader() as reader:
+        clips = reader.rows(
+            "select * from echo_clips where mining_id = $id order by clip_rank", {"id": mining.mining_id}
+        )
+    found = [{name: clip[name] for name in (*CLIP, "step_entropy")} for clip in clips]
+    return Counter(mining.groups), Counter(mining.dropped), found
+
+
+def check(empty: Path, rows: list[Row], configs: list[MiningConfig]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(empty, Path(folder) / "lake")
+        lake = Lake.open(Path(folder) / "lake")
+        assert ingest(lake, rows, ["made up"] * len(rows)).written == len(rows)
+        for config in configs:
+            try:
+                expected = walked(rows, config)
+            except SeveralKinds:
+                event("refused: several kinds of entropy")
+                with pytest.raises(SeveralKinds):
+                    mined(lake, config)
+                continue
+            for reason in expected[1]:
+                event(f"dropped: {reason}")
+            assert mined(lake, config) == expected, config
+
+
+@settings(SETTINGS, max_examples=8, phases=[Phase.generate, Phase.shrink])
+@given(rows=lakes(), configs=OPTION_SETS)
+def test_sql_and_a_plain_walk_of_the_rules_choose_the_same_clips(
+    empty: Path, rows: list[Row], configs: list[MiningConfig]
+) -> None:
+    check(empty, rows, configs)
+
+
+@pytest.mark.slow
+@settings(SETTINGS, max_examples=30)
+@given(rows=lakes(), configs=OPTION_SETS)
+def test_sql_and_a_plain_walk_of_the_rules_agree_on_thousands_of_groups(
+    empty: Path, rows: list[Row], configs: list[MiningConfig]
+) -> None:
+    assume(len(rows) > 20)
+    check(empty, rows, configs)
