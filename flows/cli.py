@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import click
 
-from flows.commands import care, clips, look, night, rollouts
+from flows.commands import care, clips, look, night, rollouts, trust
 from flows.commands.group import echomine
 from pipeline.errors import EchoMineError
 
@@ -24,6 +24,7 @@ _IN_ORDER = (
     look.sql,
     look.report,
     look.audit,
+    trust.reverify,
     care.maintain,
     care.doctor,
 )

@@ -31,6 +31,8 @@ from pipeline.parquet import write_data_file
 
 # Fewer rows are kept in the catalog itself (DuckLake's data inlining) instead of a tiny file each.
 INLINED_ROWS = 1000
+# What a mining reads or writes is in data files however small: their hashes and snapshots name the mining.
+ALWAYS_FILES = ("rollouts", "echo_clips", "verdicts")
 _DAMAGE = re.compile(r"magic bytes|corrupt|malformed|ZSTD|TProtocol|parquet metadata", re.IGNORECASE)
 
 Result = TypeVar("Result")
@@ -114,7 +116,7 @@ class Lake:
                 "update meta set value = ? where key = 'schema_version'", [str(schema.SCHEMA_VERSION)]
             )
 
-        self._changed(change)
+        self.changed(change)
 
     @contextmanager
     def reader(self, snapshot: int | None = None) -> Iterator[Reader]:
@@ -175,7 +177,7 @@ class Lake:
                 self._add(connection, name, rows, written)
             return {name: rows.num_rows for name, rows in fresh.items()}
 
-        return self._changed(change)
+        return self.changed(change)
 
     def replace_rollouts(self, rows: pa.Table, scorings: pa.Table) -> None:
         """Puts rows in the place of those of the same rollout_id, and notes who scored them, all or nothing.
@@ -191,10 +193,10 @@ class Lake:
             connection.register("incoming", rows.select(["rollout_id"]))
             connection.execute("delete from rollouts where rollout_id in (select rollout_id from incoming)")
             connection.unregister("incoming")
-            self._add_file(connection, "rollouts", rows, written)
+            self.add_file(connection, "rollouts", rows, written)
             self._add(connection, "scorings", scorings, written)
 
-        self._changed(change)
+        self.changed(change)
 
     def touch_mining(self, mining_id: str) -> None:
         """Makes a recorded mining the newest: it was asked for again, so its clips are wanted now."""
@@ -207,9 +209,9 @@ class Lake:
                 [mining_id],
             )
 
-        self._changed(change)
+        self.changed(change)
 
-    def _changed(self, change: Callable[[duckdb.DuckDBPyConnection, list[Path]], Result]) -> Result:
+    def changed(self, change: Callable[[duckdb.DuckDBPyConnection, list[Path]], Result]) -> Result:
         """Commits what `change` does, while no other writer of this machine writes.
 
         Args:
@@ -246,12 +248,12 @@ class Lake:
     def _add(
         self, connection: duckdb.DuckDBPyConnection, name: str, rows: pa.Table, written: list[Path]
     ) -> None:
-        if rows.num_rows > INLINED_ROWS or (name in ("rollouts", "echo_clips") and rows.num_rows):
-            self._add_file(connection, name, rows, written)
+        if rows.num_rows > INLINED_ROWS or (name in ALWAYS_FILES and rows.num_rows):
+            self.add_file(connection, name, rows, written)
         elif rows.num_rows:
             _insert(connection, name, rows)
 
-    def _add_file(
+    def add_file(
         self, connection: duckdb.DuckDBPyConnection, name: str, rows: pa.Table, written: list[Path]
     ) -> None:
         path = (

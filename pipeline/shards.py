@@ -3,6 +3,7 @@
 folder/latest.json              names the newest complete export
 folder/<export>/manifest.json   versions, hashes, counts
 folder/<export>/clips-00000.parquet …
+folder/<export>/withdrawn.json  clips that may teach no more, if there are any (see `withdrawal`)
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from pipeline.parquet import write_data_file
 from pipeline.prompts import read_prompts
 from pipeline.records import Int32
 from pipeline.sqlfiles import sql_file
+from pipeline.withdrawal import noticed_clips, withdrawn_clips
 
 SHARD_VERSION = 1
 
@@ -102,7 +104,10 @@ def export_shards(lake: Lake, folder: Path, config: ExportConfig, mining_id: str
             )
         mining = chosen[0]
         rows = reader.table(sql_file("staging/shard_rows"), {"mining_id": mining["mining_id"]})
+        withdrawn = withdrawn_clips(reader).get(mining["mining_id"], set())
     rows, dropped = _selected(rows, config, excluded_ids, excluded_messages)
+    if withdrawn:
+        dropped["withdrawn"] = len(withdrawn)
     hashes = pc.unique(rows["tokenizer_hash"]).to_pylist()
     if len(hashes) > 1:
         raise MiningError(
@@ -112,6 +117,8 @@ def export_shards(lake: Lake, folder: Path, config: ExportConfig, mining_id: str
     settings = config.model_dump(mode="json", exclude={"exclude_prompts"}) | {
         "excluded": content_id(sorted(excluded_ids), sorted(excluded_messages))
     }
+    if withdrawn:  # what was exported before they were is another export
+        settings["withdrawn"] = content_id(sorted(withdrawn))
     export_id = content_id(mining["mining_id"], settings)[:16]
     manifest = {
         "schema_version": SHARD_VERSION,
@@ -238,6 +245,8 @@ def _total(lists: pa.ChunkedArray) -> int:
 def load_clips(folder: Path, tokenizer_hash: str) -> list[Clip]:
     """The clips of an export, or of the newest one of a folder of exports, checked against its manifest.
 
+    Clips that were withdrawn or forgotten since are left out.
+
     Raises:
         FormatError: no export there, a file is missing, cut off or changed, a newer format.
         UnknownTokenizer: another tokenizer's clips.
@@ -252,7 +261,8 @@ def load_clips(folder: Path, tokenizer_hash: str) -> list[Clip]:
         if not path.is_file() or file_sha256(path) != file["sha256"]:
             raise FormatError(f"{path} is missing or not as it was exported. Export the shards again.")
         clips += _clips(pq.read_table(path, schema=SHARD))
-    return clips
+    noticed = noticed_clips(manifest_path.parent)
+    return [clip for clip in clips if clip.clip_id not in noticed]
 
 
 def _clips(table: pa.Table) -> Sequence[Clip]:

@@ -1,6 +1,6 @@
 -- The clips of one mining as shard rows, in rank order.
 -- grain:   clip_id
--- inputs:  clips, rollouts, prompts
+-- inputs:  clips, rollouts, current_verdicts, prompts
 -- params:  $mining_id
 -- columns:
 --   clip_id
@@ -9,7 +9,7 @@
 --   prompt_ids
 --   clip_ids
 --   step_entropy     nats
---   reward           the task reward
+--   reward           the task reward, by the newest verdict
 --   policy_version   optimizer steps
 --   tokenizer_hash
 --   weight           1.0
@@ -20,12 +20,13 @@ select
     clips.prompt_ids,
     clips.clip_ids,
     clips.step_entropy,
-    rollouts.reward,
+    coalesce(current_verdicts.reward, rollouts.reward) as reward,
     clips.policy_version,
     rollouts.tokenizer_hash,
     1.0 as weight
 from clips
 join rollouts using (rollout_id)
+left join current_verdicts using (rollout_id)
 left join prompts on prompts.prompt_id = clips.prompt_id
 where clips.mining_id = $mining_id
 order by clips.clip_rank
