@@ -25,6 +25,7 @@ _IN_ORDER = (
     look.report,
     look.audit,
     trust.reverify,
+    trust.forget,
     care.maintain,
     care.doctor,
 )

@@ -211,6 +211,12 @@ class Lake:
 
         self.changed(change)
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """No other writer of this machine commits meanwhile."""
+        with self._lock:
+            yield
+
     def changed(self, change: Callable[[duckdb.DuckDBPyConnection, list[Path]], Result]) -> Result:
         """Commits what `change` does, while no other writer of this machine writes.
 
@@ -294,6 +300,46 @@ class Lake:
             raise LakeError(
                 f"Cannot tidy the lake in {self.folder}: {said(error)}. Mend that and run the command again."
             ) from error
+
+    def end_older_snapshots(self) -> None:
+        """From here on only the newest snapshot is known, and the files that only older ones named are gone.
+
+        Files that no snapshot names go too, however young: call it while no other writer commits (`alone`).
+
+        Raises:
+            LakeError: the lake cannot be written.
+        """
+
+        def once() -> None:
+            with session() as connection:
+                self.catalog.attach(connection)
+                for action in (
+                    "ducklake_expire_snapshots('lake', older_than => now())",
+                    "ducklake_cleanup_old_files('lake', cleanup_all => true)",
+                    "ducklake_delete_orphaned_files('lake', cleanup_all => true)",
+                ):
+                    connection.execute(f"call {action}")
+            _remove(list(self.files.rglob(".*.partial")))
+
+        try:
+            retried(once)
+        except (OSError, duckdb.Error) as error:
+            raise LakeError(
+                f"Cannot end the older snapshots of the lake in {self.folder}: {said(error)}. "
+                "Mend that and run the command again."
+            ) from error
+
+    def text_bounds(self) -> dict[tuple[str, str], tuple[str, str]]:
+        """Smallest and greatest value of each text column that holds any, by (table, column)."""
+        bounds = {}
+        with self.reader() as reader:
+            for name, columns in schema.TABLES.items():
+                for column in (field.name for field in columns if field.type == pa.string()):
+                    row = reader.rows(
+                        f'select min("{column}") as a, max("{column}") as z from lake."{name}"'
+                    )[0]
+                    bounds[name, column] = row["a"], row["z"]
+        return bounds
 
 
 def _new_rows(connection: duckdb.DuckDBPyConnection, name: str, rows: pa.Table) -> pa.Table:

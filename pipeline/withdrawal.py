@@ -117,9 +117,7 @@ def _read_notice(folder: Path) -> dict[str, list[str]]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise FormatError(
-            f"{path} is no JSON: {error}. Run `echomine reverify` to write it again."
-        ) from error
+        raise FormatError(f"{path} is no JSON: {error}. Export the shards again.") from error
     if not isinstance(notice, dict) or not all(isinstance(names, list) for names in notice.values()):
         raise FormatError(f"{path} is no notice of withdrawn clips. Export the shards again.")
     return notice

@@ -14,8 +14,10 @@ from flows.commands.group import EXAMPLE, echomine
 from flows.commands.output import note, print_counts, print_json
 from flows.options import common_options, json_option
 from pipeline.config import load_config
+from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
+    from pipeline.forget import Forgetting, Forgot
     from pipeline.reverify import Reverified
     from pipeline.withdrawal import TouchedShard
 
@@ -105,3 +107,63 @@ def _print_shards(shards: Sequence[TouchedShard]) -> None:
         )
     if shards:
         note("Copies of these shards elsewhere know nothing of it: copy withdrawn.json too, or export again.")
+
+
+@echomine.command(
+    short_help="Remove prompts and all that came of them, for good.",
+    epilog=EXAMPLE + "echomine forget --prompt contaminated.jsonl --yes",
+)
+@common_options
+@json_option
+@click.option(
+    "--prompt",
+    "names",
+    multiple=True,
+    required=True,
+    help="a prompt id, a file with an id on each line, or a prompt file (.jsonl, .parquet)",
+)
+@click.option("--yes", is_flag=True, help="do it; without it, say what would go")
+def forget(lake: Path, config: Path | None, as_json: bool, names: tuple[str, ...], yes: bool) -> None:
+    """Remove prompts with their rollouts, clips, verdicts and refused rows from every file of the lake.
+
+    All older snapshots end with it, since they hold the bytes: time travel begins anew. Later imports and nights
+    refuse the prompts. Says which exported shards hold their clips, and what has learned from these.
+    """
+    load_config(config)
+    from pipeline.forget import find
+    from pipeline.forget import forget as forget_prompts
+    from pipeline.lake import Lake
+
+    opened = Lake.open(lake)
+    found = find(opened, list(names))
+    if not yes:
+        _say_what_would_go(found)
+        raise ConfigError(
+            "Nothing was removed. Give --yes to remove it for good; all older snapshots end with it."
+        )
+    done = forget_prompts(opened, found)
+    if as_json:
+        print_json(asdict(done))
+        return
+    print_counts(
+        False, {"prompts forgotten": done.prompts, **{f"{n} removed": k for n, k in done.rows.items()}}
+    )
+    _print_shards(done.shards)
+    _print_remains(done)
+
+
+def _say_what_would_go(found: Forgetting) -> None:
+    clips = sum(len(ids) for ids in found.clips.values())
+    note(
+        f"This would remove {len(found.keys['rollouts'])} rollouts of {len(found.prompt_ids)} prompts, {clips} "
+        f"clips, {len(found.keys['quarantine'])} refused rows."
+    )
+
+
+def _print_remains(done: Forgot) -> None:
+    for report in done.reports:
+        click.echo(f"report {report}: deleted; `echomine report` writes it again")
+    for training in done.trainings:
+        click.echo(
+            f"training {training}: its checkpoint has learned from these clips; only you can discard it"
+        )

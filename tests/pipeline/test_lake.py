@@ -84,14 +84,16 @@ def test_a_lake_of_a_newer_schema_is_refused(lake: Lake) -> None:
         changed = catalog.execute(f'update "{name}" set value = ?', [str(schema.SCHEMA_VERSION + 1)])
         assert changed.rowcount == 1
     catalog.close()
-    with pytest.raises(LakeError, match=r"has schema 3, this EchoMine knows 2\. Update EchoMine"):
+    newer, known = schema.SCHEMA_VERSION + 1, schema.SCHEMA_VERSION
+    with pytest.raises(LakeError, match=rf"has schema {newer}, this EchoMine knows {known}\. Update"):
         Lake.open(lake.folder)
 
 
 def test_a_lake_of_an_older_schema_gets_the_tables_it_lacks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    older = {name: columns for name, columns in schema.TABLES.items() if name != "scorings"}
+    later = {"scorings", "verdicts", "forgotten_prompts"}
+    older = {name: columns for name, columns in schema.TABLES.items() if name not in later}
     with monkeypatch.context() as patch:
         patch.setattr(schema, "TABLES", older)
         patch.setattr(schema, "SCHEMA_VERSION", 1)
@@ -99,8 +101,9 @@ def test_a_lake_of_an_older_schema_gets_the_tables_it_lacks(
     lake = Lake.open(tmp_path / "lake")
     assert groups_in(lake) == ["a"]
     with lake.reader() as reader:
-        assert reader.rows("select count(*) as n from scorings") == [{"n": 0}]
-        assert reader.rows("select value from meta where key = 'schema_version'") == [{"value": "2"}]
+        for table in later:
+            assert reader.rows(f"select count(*) as n from lake.{table}") == [{"n": 0}]
+        assert reader.rows("select value from meta where key = 'schema_version'") == [{"value": "3"}]
         snapshot = reader.snapshot
     with Lake.open(tmp_path / "lake").reader() as reader:
         assert reader.snapshot == snapshot  # once is enough

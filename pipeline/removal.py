@@ -1,0 +1,134 @@
+"""Rows that must leave no trace: out of the data files, the older snapshots and the catalog's own pages."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+
+from pipeline import schema
+from pipeline.catalog import BUSY_TIMEOUT_MS
+from pipeline.errors import LakeError
+from pipeline.lake import Lake
+
+if TYPE_CHECKING:
+    import duckdb
+
+
+def remove_rows(
+    lake: Lake,
+    connection: duckdb.DuckDBPyConnection,
+    written: list[Path],
+    keys: Mapping[str, tuple[str, set[str]]],
+    remembered: pa.Table,
+) -> dict[str, int]:
+    """Within a transaction: deletes rows, and writes the data files that held them again without them.
+
+    Args:
+        written: gets the files that are written.
+        keys: by table, a column and its values; rows with one of them go.
+        remembered: rows of `forgotten_prompts` to add.
+
+    Returns:
+        the number of deleted rows by table.
+    """
+    connection.execute("begin")
+    deleted: dict[str, int] = {}
+    for name, (column, values) in keys.items():
+        connection.register("gone", pa.table({"key": pa.array(sorted(values), pa.string())}))
+        going = f'"{column}" in (select gone.key from gone)'
+        held = connection.execute(
+            f'select filename, count(*) from "{name}" where {going} group by filename'
+        ).fetchall()
+        deleted[name] = sum(count for _, count in held)
+        for filename, _ in held:
+            if filename.endswith(".parquet"):  # rows inlined in the catalog have no file
+                _rewrite(lake, connection, written, name, filename, going)
+        connection.execute(f'delete from "{name}" where {going}')
+        connection.unregister("gone")
+    connection.register("incoming", remembered)
+    connection.execute(
+        "insert into forgotten_prompts by name "
+        "from incoming anti join forgotten_prompts using (fingerprint, prompt_id)"
+    )
+    connection.unregister("incoming")
+    return deleted
+
+
+def _rewrite(
+    lake: Lake,
+    connection: duckdb.DuckDBPyConnection,
+    written: list[Path],
+    name: str,
+    filename: str,
+    going: str,
+) -> None:
+    """Puts another data file in the place of one, without the rows that are `going`."""
+    columns = schema.TABLES[name]
+    kept = connection.execute(
+        f'select * from "{name}" where filename = ? and not ({going})', [filename]
+    ).to_arrow_table()
+    connection.execute(f'delete from "{name}" where filename = ?', [filename])
+    connection.execute("delete from files where path = ?", [str(Path(filename).relative_to(lake.folder))])
+    if kept.num_rows:
+        lake.add_file(connection, name, kept.select(columns.names).cast(columns), written)
+
+
+def purge_catalog(lake: Lake) -> None:
+    """Ends all snapshots but the newest, deletes the files that only they named, and clears the catalog.
+
+    The catalog keeps deleted rows of small tables, the smallest and greatest value of each column, and
+    SQLite's pages what they held before; none of these is reached by ending a snapshot.
+
+    Raises:
+        LakeError: another process holds the catalog, or a file cannot be deleted. Run it again then.
+    """
+    lake.end_older_snapshots()
+    bounds = lake.text_bounds()
+    try:
+        with closing(sqlite3.connect(lake.catalog.path, timeout=BUSY_TIMEOUT_MS / 1000)) as catalog:
+            with catalog:
+                _clear_inlined(catalog)
+                _clear_bounds(catalog, bounds)
+            catalog.execute("pragma wal_checkpoint(truncate)")
+            catalog.execute("vacuum")
+            (busy, *_) = catalog.execute("pragma wal_checkpoint(truncate)").fetchone()
+    except sqlite3.Error as error:
+        raise LakeError(_unfinished(lake, str(error))) from error
+    if busy:
+        raise LakeError(_unfinished(lake, "another process reads it"))
+
+
+def _unfinished(lake: Lake, why: str) -> str:
+    return (
+        f"The rows are gone from the lake in {lake.folder}, and {lake.catalog.path.name} still holds their "
+        f"bytes: {why}. End what uses it, then run the command again."
+    )
+
+
+def _clear_inlined(catalog: sqlite3.Connection) -> None:
+    """Rows of small tables that no snapshot sees any more."""
+    (oldest,) = catalog.execute("select min(snapshot_id) from ducklake_snapshot").fetchone()
+    for (table,) in catalog.execute("select table_name from ducklake_inlined_data_tables").fetchall():
+        catalog.execute(f'delete from "{table}" where end_snapshot <= ?', [oldest])
+
+
+def _clear_bounds(catalog: sqlite3.Connection, bounds: Mapping[tuple[str, str], tuple[str, str]]) -> None:
+    for (table, column), (least, greatest) in bounds.items():
+        catalog.execute(
+            """
+            update ducklake_table_column_stats set min_value = ?, max_value = ?
+            where (table_id, column_id) in (
+                select columns.table_id, columns.column_id
+                from ducklake_column as columns
+                join ducklake_table as tables using (table_id)
+                where tables.table_name = ? and columns.column_name = ?
+                    and columns.parent_column is null and columns.end_snapshot is null
+            )
+            """,
+            [least, greatest, table, column],
+        )
