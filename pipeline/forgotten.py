@@ -43,7 +43,7 @@ class Forgotten:
     def kept_out(
         self, rows: Sequence[dict[str, Any]], sources: Sequence[str], refused: Sequence[Refused]
     ) -> tuple[list[dict[str, Any]], list[str], list[Refused]]:
-        """The rows that may enter with their sources, and all that are refused, nothing of their text kept."""
+        """The rows that may enter with their sources, and all that are refused, without their text."""
         good = [(row, source) for row, source in zip(rows, sources, strict=True) if not self.holds(row)]
         bad = [_refused(row, source) for row, source in zip(rows, sources, strict=True) if self.holds(row)]
         before = [_refused(item.row, item.source) if self.holds(item.row) else item for item in refused]

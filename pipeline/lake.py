@@ -314,6 +314,7 @@ class Lake:
             with session() as connection:
                 self.catalog.attach(connection)
                 for action in (
+                    "ducklake_rewrite_data_files('lake', delete_threshold => 0)",  # drops those without rows
                     "ducklake_expire_snapshots('lake', older_than => now())",
                     "ducklake_cleanup_old_files('lake', cleanup_all => true)",
                     "ducklake_delete_orphaned_files('lake', cleanup_all => true)",

@@ -41,13 +41,11 @@ def remove_rows(
     for name, (column, values) in keys.items():
         connection.register("gone", pa.table({"key": pa.array(sorted(values), pa.string())}))
         going = f'"{column}" in (select gone.key from gone)'
-        held = connection.execute(
-            f'select filename, count(*) from "{name}" where {going} group by filename'
-        ).fetchall()
-        deleted[name] = sum(count for _, count in held)
-        for filename, _ in held:
-            if filename.endswith(".parquet"):  # rows inlined in the catalog have no file
-                _rewrite(lake, connection, written, name, filename, going)
+        row = connection.execute(f'select count(*) from "{name}" where {going}').fetchone()
+        assert row is not None
+        deleted[name] = row[0]
+        for filename in _files_to_rewrite(connection, name, going):
+            _rewrite(lake, connection, written, name, filename, going)
         connection.execute(f'delete from "{name}" where {going}')
         connection.unregister("gone")
     connection.register("incoming", remembered)
@@ -57,6 +55,26 @@ def remove_rows(
     )
     connection.unregister("incoming")
     return deleted
+
+
+def _files_to_rewrite(connection: duckdb.DuckDBPyConnection, name: str, going: str) -> list[str]:
+    """Data files with rows that go, or that were deleted before: their bytes are still in the file."""
+    rows = connection.execute(
+        f"""
+        with held as (
+            select filename, count(*) as num_rows, count(*) filter (where {going}) as num_going
+            from "{name}"
+            group by filename
+        )
+
+        select held.filename
+        from held
+        join __ducklake_metadata_lake.ducklake_data_file as data
+            on parse_filename(data.path) = parse_filename(held.filename)
+        where data.end_snapshot is null and (held.num_going > 0 or held.num_rows < data.record_count)
+        """
+    ).fetchall()
+    return [filename for (filename,) in rows]
 
 
 def _rewrite(

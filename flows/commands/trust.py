@@ -126,8 +126,8 @@ def _print_shards(shards: Sequence[TouchedShard]) -> None:
 def forget(lake: Path, config: Path | None, as_json: bool, names: tuple[str, ...], yes: bool) -> None:
     """Remove prompts with their rollouts, clips, verdicts and refused rows from every file of the lake.
 
-    All older snapshots end with it, since they hold the bytes: time travel begins anew. Later imports and nights
-    refuse the prompts. Says which exported shards hold their clips, and what has learned from these.
+    All older snapshots end with it, since they hold the bytes: time travel begins anew. Later imports and
+    nights refuse the prompts. Says which exported shards hold their clips, and what has learned from these.
     """
     load_config(config)
     from pipeline.forget import find
@@ -155,8 +155,8 @@ def forget(lake: Path, config: Path | None, as_json: bool, names: tuple[str, ...
 def _say_what_would_go(found: Forgetting) -> None:
     clips = sum(len(ids) for ids in found.clips.values())
     note(
-        f"This would remove {len(found.keys['rollouts'])} rollouts of {len(found.prompt_ids)} prompts, {clips} "
-        f"clips, {len(found.keys['quarantine'])} refused rows."
+        f"This would remove {len(found.keys['rollouts'])} rollouts of {len(found.prompt_ids)} prompts, "
+        f"{clips} clips, {len(found.keys['quarantine'])} refused rows."
     )
 
 
