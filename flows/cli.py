@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import click
 
-from flows.commands import ask, care, clips, exports, look, night, rollouts
+from flows.commands import ask, care, clips, exports, look, night, rollouts, trust
 from flows.commands.group import echomine
 from pipeline.errors import EchoMineError
 
@@ -25,6 +25,8 @@ _IN_ORDER = (
     look.report,
     look.audit,
     care.init,
+    trust.reverify,
+    trust.forget,
     care.maintain,
     care.doctor,
 )

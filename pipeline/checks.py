@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from pipeline.lake_reader import Reader
@@ -15,10 +16,12 @@ class CheckResult:
     Attributes:
         name: the check's file in `sql/checks/`, without its suffix.
         num_offending: rows that should not be; 0 in a sound lake.
+        cure: what to do about them, from the check's header.
     """
 
     name: str
     num_offending: int
+    cure: str
 
 
 def run_checks(reader: Reader) -> list[CheckResult]:
@@ -27,4 +30,12 @@ def run_checks(reader: Reader) -> list[CheckResult]:
     To see the rows that offend, run the check's file: `echomine sql "$(cat sql/checks/<name>.sql)"`.
     """
     names = sorted(path.stem for path in (SQL_FOLDER / "checks").glob("*.sql"))
-    return [CheckResult(name, reader.table(sql_file(f"checks/{name}")).num_rows) for name in names]
+    return [_run(reader, name) for name in names]
+
+
+def _run(reader: Reader, name: str) -> CheckResult:
+    sql = sql_file(f"checks/{name}")
+    cure = re.search(r"^-- cure: +(.+)$", sql, re.MULTILINE)
+    if cure is None:
+        raise ValueError(f"sql/checks/{name}.sql names no cure")
+    return CheckResult(name, reader.table(sql).num_rows, cure[1])

@@ -16,6 +16,7 @@ from pipeline.checks import run_checks
 from pipeline.config import NightlyConfig
 from pipeline.engines.vllm_start import installed_version as installed_vllm
 from pipeline.errors import EchoMineError
+from pipeline.hashing import file_sha256
 from pipeline.lake import Lake
 from pipeline.lake_reader import Reader
 from pipeline.models import model_folder
@@ -49,7 +50,7 @@ class Finding:
 
 def examine(config: NightlyConfig, lake: Path) -> list[Finding]:
     """Every finding, good and bad. Reads all data files of the lake once."""
-    return [*_packages(), *_devices(), _model(config), *_lake(lake)]
+    return [*_packages(), *_devices(), _model(config), *examine_lake(lake)]
 
 
 def _packages() -> Iterator[Finding]:
@@ -87,7 +88,8 @@ def _model(config: NightlyConfig) -> Finding:
     )
 
 
-def _lake(folder: Path) -> Iterator[Finding]:
+def examine_lake(folder: Path) -> Iterator[Finding]:
+    """What there is to say of a lake: checksums, counts, references, exported files, disk."""
     try:
         if not Lake(folder.absolute()).catalog.exists():
             yield Finding("lake", True, f"none in {folder} yet; `echomine nightly` makes it")
@@ -101,6 +103,7 @@ def _lake(folder: Path) -> Iterator[Finding]:
                 return
             yield Finding("data files", True, "all are as they were written (SHA-256)")
             yield from _contents(folder, reader)
+            yield from _exports(reader)
     except EchoMineError as error:
         yield Finding("lake", False, str(error))
         return
@@ -120,6 +123,30 @@ def _contents(folder: Path, reader: Reader) -> Iterator[Finding]:
     for check in run_checks(reader):
         query = f'echomine sql "$(cat sql/checks/{check.name}.sql)"'
         found = (
-            f"{check.num_offending} offending rows; `{query}` lists them" if check.num_offending else "none"
+            f"{check.num_offending} offending rows; `{query}` lists them. {check.cure}"
+            if check.num_offending
+            else "none"
         )
         yield Finding(f"check {check.name}", not check.num_offending, found)
+
+
+def _exports(reader: Reader) -> Iterator[Finding]:
+    """Exported files against their recorded SHA-256. Whoever deletes a whole export may do so."""
+    changed, gone, sound = [], 0, 0
+    for row in reader.rows("select path, list(sha256) as hashes from shards group by path order by path"):
+        path = Path(row["path"])
+        if not path.parent.is_dir():
+            gone += 1
+        elif not path.is_file() or file_sha256(path) not in row["hashes"]:
+            changed.append(path)
+        else:
+            sound += 1
+    for path in changed:
+        yield Finding(
+            f"shard {path.parent.name}/{path.name}",
+            False,
+            f"{path} is missing or not as it was exported. Delete {path.parent} and export again "
+            "(`echomine export shards`).",
+        )
+    if not changed:
+        yield Finding("shards", True, f"{sound} files are as they were exported, {gone} are no longer there")

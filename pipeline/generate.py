@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pipeline.engines.base import Engine, GroupRequest
 from pipeline.engines.choice import open_engine
+from pipeline.forgotten import Forgotten
 from pipeline.hashing import content_id
 from pipeline.records import Group, group_id, sample_seed
 from pipeline.runs import NightRun, facts, update_facts
@@ -50,9 +51,10 @@ def stop_generating(run: NightRun) -> None:
 
 
 def missing_groups(run: NightRun) -> list[str]:
-    """Prompt ids of the groups that are not in the lake, in the order of the prompts."""
+    """Prompt ids of the groups that are not in the lake, in the order of the prompts; no forgotten ones."""
     done = _finished_groups(run)
-    return [prompt.prompt_id for prompt in run.prompts() if _group_of(run, prompt.prompt_id) not in done]
+    wanted = Forgotten.of(run.lake()).without(run.prompts())
+    return [prompt.prompt_id for prompt in wanted if _group_of(run, prompt.prompt_id) not in done]
 
 
 def _batches(run: NightRun) -> Iterator[Path]:

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 
 from pipeline import formats, schema
 from pipeline.errors import FormatError
+from pipeline.forgotten import FORGOTTEN, PLACE, Forgotten
 from pipeline.formats.source_rows import Format
 from pipeline.hashing import content_id, file_sha256
 from pipeline.import_batches import batches
@@ -93,7 +94,7 @@ def import_rollouts(
     paths = [path for path, _ in files]
     run_id = "import-" + content_id(sorted(file_sha256(path) for path in paths))[:16]
     context = ImportContext(tokenizer, run_id)
-    done = Imported()
+    forgotten, done = Forgotten.of(lake), Imported()
     with ImportStaging(lake.folder, bytes_in_memory(paths)) as staging:
         num_rows = 0
         for number, (path, kind) in enumerate(files):
@@ -105,10 +106,10 @@ def import_rollouts(
                     progress(num_rows)
         staging.finish()
         for refused in staging.refused():
-            lake.commit({"quarantine": refused})
+            lake.commit({"quarantine": forgotten.cleaned(refused)})
             done = replace(done, rows=done.rows + Ingested(refused=refused.num_rows))
         for part in staging.parts():
-            rows, run_ids = _committed(lake, part)
+            rows, run_ids = _committed(lake, part, forgotten)
             done = replace(done, rows=done.rows + rows, run_ids=done.run_ids | run_ids)
     return done
 
@@ -125,17 +126,21 @@ def num_unscored(lake: Lake, run_ids: Sequence[str]) -> int:
         )
 
 
-def _committed(lake: Lake, part: pa.Table) -> tuple[Ingested, frozenset[str]]:
-    """Gives whole groups their places and commits them."""
+def _committed(lake: Lake, part: pa.Table, forgotten: Forgotten) -> tuple[Ingested, frozenset[str]]:
+    """Gives whole groups their places and commits them, but for rows of forgotten prompts."""
     with lake.reader() as reader:
         part = _placed(reader, part)
         rows = named(part.select(schema.ROLLOUTS.names))
         reasons = conflicts(reader, rows)
+    kept_out = forgotten.rows(part)
+    reasons |= dict.fromkeys(kept_out, FORGOTTEN)
 
     def origin_of(row: int) -> tuple[str, dict[str, Any]]:
-        return part["source"][row].as_py(), rows.slice(row, 1).to_pylist()[0]
+        given = rows.select(PLACE if row in kept_out else rows.column_names)
+        return part["source"][row].as_py(), given.slice(row, 1).to_pylist()[0]
 
-    done = ingest_table(lake, _dated(rows), reasons, origin_of, _prompts(part))
+    prompts = _prompts(part.filter(~np.isin(np.arange(part.num_rows), list(kept_out))) if kept_out else part)
+    done = ingest_table(lake, _dated(rows), reasons, origin_of, prompts)
     return done, frozenset(pc.unique(rows["run_id"]).to_pylist())
 
 

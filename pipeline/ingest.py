@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipeline.forgotten import Forgotten
 from pipeline.lake import Lake
 from pipeline.lake_reader import Reader
 from pipeline.records import Prompt
@@ -42,7 +43,7 @@ def ingest(
 
     Rows with bad entropies, log-probs or rewards, samples whose (group_id, sample_index) is taken by another
     rollout, and samples of another prompt or policy than their group's, go to quarantine; the rest of the
-    batch proceeds. One transaction.
+    batch proceeds. Of rows of a forgotten prompt quarantine keeps the place only. One transaction.
 
     Args:
         sources: where each row comes from: a run, or a file and line.
@@ -51,6 +52,10 @@ def ingest(
     Raises:
         LakeError: the lake cannot be written; then nothing of this call is in it.
     """
+    forgotten = Forgotten.of(lake)
+    if forgotten.fingerprints:  # their text must not come back, not even into quarantine
+        rows, sources, refused = forgotten.kept_out(rows, sources, refused)
+        prompts = forgotten.without(prompts)
     good, bad = checked(rows, sources)
     source_of = {id(row): source for row, source in zip(rows, sources, strict=True)}
     prompts_table = prompt_table(prompts) if prompts else None

@@ -31,6 +31,8 @@ from pipeline.parquet import write_data_file
 
 # Fewer rows are kept in the catalog itself (DuckLake's data inlining) instead of a tiny file each.
 INLINED_ROWS = 1000
+# What a mining reads or writes is in data files however small: their hashes and snapshots name the mining.
+ALWAYS_FILES = ("rollouts", "echo_clips", "verdicts")
 _DAMAGE = re.compile(r"magic bytes|corrupt|malformed|ZSTD|TProtocol|parquet metadata", re.IGNORECASE)
 
 Result = TypeVar("Result")
@@ -133,7 +135,7 @@ class Lake:
                 "update meta set value = ? where key = 'schema_version'", [str(schema.SCHEMA_VERSION)]
             )
 
-        self._changed(change)
+        self.changed(change)
 
     @contextmanager
     def reader(self, snapshot: int | None = None) -> Iterator[Reader]:
@@ -196,7 +198,7 @@ class Lake:
                 self._add(connection, name, rows, written)
             return {name: rows.num_rows for name, rows in fresh.items()}
 
-        return self._changed(change)
+        return self.changed(change)
 
     def replace_rollouts(self, rows: pa.Table, scorings: pa.Table) -> None:
         """Puts rows in the place of those of the same rollout_id, and notes who scored them, all or nothing.
@@ -212,10 +214,10 @@ class Lake:
             connection.register("incoming", rows.select(["rollout_id"]))
             connection.execute("delete from rollouts where rollout_id in (select rollout_id from incoming)")
             connection.unregister("incoming")
-            self._add_file(connection, "rollouts", rows, written)
+            self.add_file(connection, "rollouts", rows, written)
             self._add(connection, "scorings", scorings, written)
 
-        self._changed(change)
+        self.changed(change)
 
     def touch_mining(self, mining_id: str) -> None:
         """Makes a recorded mining the newest: it was asked for again, so its clips are wanted now."""
@@ -228,9 +230,15 @@ class Lake:
                 [mining_id],
             )
 
-        self._changed(change)
+        self.changed(change)
 
-    def _changed(self, change: Callable[[duckdb.DuckDBPyConnection, list[Path]], Result]) -> Result:
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """No other writer of this machine commits meanwhile."""
+        with self._lock:
+            yield
+
+    def changed(self, change: Callable[[duckdb.DuckDBPyConnection, list[Path]], Result]) -> Result:
         """Commits what `change` does, while no other writer of this machine writes.
 
         Args:
@@ -282,12 +290,12 @@ class Lake:
     def _add(
         self, connection: duckdb.DuckDBPyConnection, name: str, rows: pa.Table, written: list[Path]
     ) -> None:
-        if rows.num_rows > INLINED_ROWS or (name in ("rollouts", "echo_clips") and rows.num_rows):
-            self._add_file(connection, name, rows, written)
+        if rows.num_rows > INLINED_ROWS or (name in ALWAYS_FILES and rows.num_rows):
+            self.add_file(connection, name, rows, written)
         elif rows.num_rows:
             _insert(connection, name, rows)
 
-    def _add_file(
+    def add_file(
         self, connection: duckdb.DuckDBPyConnection, name: str, rows: pa.Table, written: list[Path]
     ) -> None:
         path = (
@@ -328,6 +336,47 @@ class Lake:
             raise LakeError(
                 f"Cannot tidy the lake in {self.folder}: {said(error)}. Mend that and run the command again."
             ) from error
+
+    def end_older_snapshots(self) -> None:
+        """From here on only the newest snapshot is known, and the files that only older ones named are gone.
+
+        Files that no snapshot names go too, however young: call it while no other writer commits (`alone`).
+
+        Raises:
+            LakeError: the lake cannot be written.
+        """
+
+        def once() -> None:
+            with session() as connection:
+                self.catalog.attach(connection)
+                for action in (
+                    "ducklake_rewrite_data_files('lake', delete_threshold => 0)",  # drops those without rows
+                    "ducklake_expire_snapshots('lake', older_than => now())",
+                    "ducklake_cleanup_old_files('lake', cleanup_all => true)",
+                    "ducklake_delete_orphaned_files('lake', cleanup_all => true)",
+                ):
+                    connection.execute(f"call {action}")
+            _remove(list(self.files.rglob(".*.partial")))
+
+        try:
+            retried(once)
+        except (OSError, duckdb.Error) as error:
+            raise LakeError(
+                f"Cannot end the older snapshots of the lake in {self.folder}: {said(error)}. "
+                "Mend that and run the command again."
+            ) from error
+
+    def text_bounds(self) -> dict[tuple[str, str], tuple[str, str]]:
+        """Smallest and greatest value of each text column that holds any, by (table, column)."""
+        bounds = {}
+        with self.reader() as reader:
+            for name, columns in schema.TABLES.items():
+                for column in (field.name for field in columns if field.type == pa.string()):
+                    row = reader.rows(
+                        f'select min("{column}") as a, max("{column}") as z from lake."{name}"'
+                    )[0]
+                    bounds[name, column] = row["a"], row["z"]
+        return bounds
 
 
 def _make_tables(connection: duckdb.DuckDBPyConnection) -> None:

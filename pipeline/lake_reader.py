@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import duckdb
 import pyarrow as pa
 
+from pipeline import schema
 from pipeline.catalog import quoted
 from pipeline.errors import QueryError, said
 from pipeline.hashing import file_sha256
@@ -39,8 +40,16 @@ class Reader:
         self.lake = lake
         self.snapshot = snapshot
         self._locked = False
+        self._add_later_tables()
         for statement in (*macros(), *views()):
             connection.execute(statement)
+
+    def _add_later_tables(self) -> None:
+        """Tables that came after this snapshot are empty in it."""
+        held = {row["name"] for row in self.rows("select table_name as name from duckdb_tables()")}
+        for name, columns in schema.TABLES.items():
+            if name not in held:
+                self.materialize_rows(name, columns.empty_table())
 
     def table(self, sql: str, params: Mapping[str, Any] | None = None) -> pa.Table:
         """The result of a query; of `params`, those that the text names with `$` are bound."""
@@ -69,14 +78,14 @@ class Reader:
         self.connection.unregister("incoming")
 
     def data_snapshot(self) -> int:
-        """The snapshot of the last change to `rollouts`: what a mining of this session really mines."""
+        """The snapshot of the last change to `rollouts` or `verdicts`: what a mining here really mines."""
         return int(
             self.rows(
                 """
                 select coalesce(max(data.begin_snapshot), 0) as snapshot
                 from __ducklake_metadata_lake.ducklake_data_file as data
                 join __ducklake_metadata_lake.ducklake_table as tables using (table_id)
-                where tables.table_name = 'rollouts' and data.begin_snapshot <= $snapshot
+                where tables.table_name in ('rollouts', 'verdicts') and data.begin_snapshot <= $snapshot
                 """,
                 {"snapshot": self.snapshot},
             )[0]["snapshot"]

@@ -69,8 +69,12 @@ class VerifierPool:
                 raise ValueError(f"{len(texts)} completions for a group of {len(group.samples)} samples")
         prompts = [group.prompt for group, texts in zip(groups, completions, strict=True) for _ in texts]
         texts_flat = [text for texts in completions for text in texts]
-        judgements = iter(list(self._threads.map(self._judge_one, prompts, texts_flat)))
+        judgements = iter(self.judge_each(prompts, texts_flat))
         return [[next(judgements) for _ in texts] for texts in completions]
+
+    def judge_each(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[Judgement]:
+        """Verifies completions, each of its prompt, in their order; raises as `judge` does."""
+        return list(self._threads.map(self._judge_one, prompts, completions))
 
     def _judge_one(self, prompt: Prompt, completion: str) -> Judgement:
         worker = self._idle.get()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -227,6 +227,16 @@ def prompt_table(prompts: Sequence[Prompt]) -> pa.Table:
             for prompt in prompts
         ],
         schema.PROMPTS,
+    )
+
+
+def stored_prompt(row: Mapping[str, Any]) -> Prompt:
+    """A row of the table `prompts` as the prompt that it was made from."""
+    return Prompt(
+        tuple(json.loads(row["messages"])),
+        row["ground_truth"],
+        row["data_source"] or "",
+        json.loads(row["extra_info"] or "{}"),
     )
 
 

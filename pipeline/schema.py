@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 2  # 2: scorings
+SCHEMA_VERSION = 3  # 2: scorings; 3: verdicts, forgotten_prompts
 
 _IDS = pa.list_(pa.int32())
 _NATS = pa.list_(pa.float32())
@@ -151,6 +151,27 @@ SCORINGS = pa.schema(
     ]
 )
 
+VERDICTS = pa.schema(
+    [
+        ("rollout_id", pa.string()),
+        ("verifier", pa.string()),
+        ("verifier_version", pa.string()),
+        ("reward", pa.float64()),  # null if it hung, died or raised
+        ("reward_parts", pa.map_(pa.string(), pa.float64())),
+        ("error", pa.string()),  # null if there is a reward
+        ("judged_at", _TIME),  # of several verdicts with a reward, the newest counts
+    ]
+)
+
+FORGOTTEN_PROMPTS = pa.schema(
+    [
+        ("fingerprint", pa.string()),  # hash of the prompt's content, by which a later one is recognized
+        ("kind", pa.string()),  # prompt (its prompt_id) | messages | tokens (of prompt_ids)
+        ("prompt_id", pa.string()),
+        ("forgotten_at", _TIME),
+    ]
+)
+
 META = pa.schema([("key", pa.string()), ("value", pa.string())])
 
 TABLES: dict[str, pa.Schema] = {
@@ -163,6 +184,8 @@ TABLES: dict[str, pa.Schema] = {
     "files": FILES,
     "clip_uses": CLIP_USES,
     "scorings": SCORINGS,
+    "verdicts": VERDICTS,
+    "forgotten_prompts": FORGOTTEN_PROMPTS,
     "meta": META,
 }
 
@@ -177,6 +200,8 @@ KEYS: dict[str, tuple[str, ...]] = {
     "files": ("path", "sha256"),
     "clip_uses": ("training_id", "clip_id", "optim_step"),
     "scorings": ("rollout_id", "weights_hash", "scored_at"),
+    "verdicts": ("rollout_id", "verifier", "verifier_version", "judged_at"),
+    "forgotten_prompts": ("fingerprint", "prompt_id"),
     "meta": ("key",),
 }
 

@@ -14,6 +14,7 @@ from pipeline.errors import FormatError
 from pipeline.exports.manifest import damaged_file, newest_manifest, read_manifest
 from pipeline.exports.shards import SHARD
 from pipeline.records import Int32
+from pipeline.withdrawal import noticed_clips
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class UnknownTokenizer(FormatError):
 def load_clips(folder: Path, tokenizer_hash: str) -> list[Clip]:
     """The clips of an export, or of the newest one of a folder of exports, checked against its manifest.
 
+    Clips that were withdrawn or forgotten since are left out.
+
     Raises:
         FormatError: no export there, one of another form, a file is missing, cut off or changed, a newer
             format.
@@ -59,10 +62,12 @@ def load_clips(folder: Path, tokenizer_hash: str) -> list[Clip]:
     damaged = damaged_file(manifest_path.parent, manifest)
     if damaged is not None:
         raise FormatError(f"{damaged} is missing or not as it was exported. Export the shards again.")
+    noticed = noticed_clips(manifest_path.parent)
     return [
         clip
         for file in manifest["files"]
         for clip in _clips(pq.read_table(manifest_path.parent / Path(file["file"]).name, schema=SHARD))
+        if clip.clip_id not in noticed
     ]
 
 

@@ -19,7 +19,7 @@ from pipeline.lake import Lake
 from pipeline.mine import mine
 from pipeline.records import Prompt
 from pipeline.rollouts import Refused, prompt_table, quarantine_table, rollout_table
-from pipeline.schema import CLIP_USES
+from pipeline.schema import CLIP_USES, VERDICTS
 from pipeline.steps import SPLITTER
 from pipeline.tokenization import completion_step_ends, tokenizer_hash
 
@@ -192,7 +192,9 @@ def sample_lake(folder: Path) -> SampleLake:
         builder.add_group(["half\n#4", "#4"], [0.5, 0.5], question="What is 2+2?", **facts)
         builder.add_group(ways, [1.0, 1.0], question="What is 42+0?", group_size=3, **facts)
         builder.add_group(ways, [1.0, 1.0], question="What is 40+2?", **facts)
-        builder.add_group(ways[:1], [1.0], question="What is 41+1?", **facts, origin="expert")
+        builder.add_group(
+            ways[:1], [1.0], question="What is 41+1?", **facts, origin="expert", verifier="math"
+        )
     unscored = {"completion_entropies": None, "entropy_kind": None}
     builder.add_group(
         ["#3", "#3"], [1.0, 1.0], question="What is 1+2?", run_id="run-3", model="other", **unscored
@@ -220,3 +222,26 @@ def sample_lake(folder: Path) -> SampleLake:
     rows = [dict(zip(names, use, strict=True)) for use in uses]
     lake.commit({"clip_uses": pa.Table.from_pylist(rows, CLIP_USES)})
     return SampleLake(lake, "run-2", mining.mining_id, builder.tokenizer)
+
+
+def overturned(lake: Lake, num_clips: int = 1) -> list[str]:
+    """A stricter verifier finds the rollouts of the best clips wrong, each in a version of its own.
+
+    Returns:
+        their rollout_ids, best clip first.
+    """
+    with lake.reader() as reader:
+        best = "select rollout_id from echo_clips order by clip_rank limit $num_clips"
+        rollout_ids = [row["rollout_id"] for row in reader.rows(best, {"num_clips": num_clips})]
+    verdicts = [
+        {
+            "rollout_id": rollout_id,
+            "verifier": "exact",
+            "verifier_version": str(2 + place),
+            "reward": 0.0,
+            "judged_at": datetime(2026, 3, 4, tzinfo=UTC),
+        }
+        for place, rollout_id in enumerate(rollout_ids)
+    ]
+    lake.commit({"verdicts": pa.Table.from_pylist(verdicts, VERDICTS)})
+    return rollout_ids

@@ -15,6 +15,7 @@ import pyarrow as pa
 from pipeline import schema
 from pipeline.config import EngineConfig, MiningConfig, SamplingConfig, TrainConfig, VerifyConfig
 from pipeline.engines.transformers import TransformersEngine
+from pipeline.forgotten import Forgotten
 from pipeline.hashing import content_id
 from pipeline.ingest import ingest
 from pipeline.lake import Lake
@@ -53,6 +54,7 @@ def train_on_shards(
     tokenizer = load_tokenizer(model_folder)
     policy = policy_of(model_folder, model_name, tokenizer)
     clips = load_clips(shards, policy.tokenizer_hash)
+    prompts = Forgotten.of(lake).without(prompts)
     training_id = (
         "training-"
         + content_id(

@@ -52,6 +52,13 @@ def select(reader: Reader, config: ExportConfig, mining_id: str | None) -> Selec
     ids, messages = _excluded(config.exclude_prompts)
     mining = _mining(reader, mining_id)
     reader.materialize_rows("excluded_prompts", _excluded_rows(ids, messages))
+    # What was withdrawn since stays withdrawn, however old the snapshot is.
+    with reader.lake.reader() as newest:
+        withdrawn = newest.table(
+            "select clip_id from withdrawn_clips where mining_id = $mining_id",
+            {"mining_id": mining["mining_id"]},
+        )
+    reader.materialize_rows("withdrawn", withdrawn)
     params = {"mining_id": mining["mining_id"], "max_tokens": config.max_tokens}
     reader.materialize("export_decisions", sql_file("staging/export_decisions"), params)
     hashes = reader.rows(

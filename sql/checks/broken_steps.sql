@@ -1,5 +1,6 @@
 -- Rollouts whose steps do not cover the completion: ends that are missing, do not increase from above 0, or
 -- do not end with the last token.
+-- cure:    Import these rollouts again from their dump; until then leave their runs out of minings.
 -- grain:   rollout_id
 -- inputs:  rollouts
 -- params:  none

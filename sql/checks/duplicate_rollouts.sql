@@ -1,4 +1,5 @@
 -- Names that several rollouts bear.
+-- cure:    Restore the catalog from a backup: EchoMine never writes a rollout twice.
 -- grain:   rollout_id
 -- inputs:  rollouts
 -- params:  none

@@ -1,4 +1,5 @@
 -- Places in a group that several rollouts take.
+-- cure:    Restore the catalog from a backup: a second rollout for a place is refused into quarantine.
 -- grain:   group_id, sample_index
 -- inputs:  rollouts
 -- params:  none

@@ -1,4 +1,5 @@
 -- Rollouts with entropies that are missing, negative, NaN or infinite.
+-- cure:    Score them again: `echomine score --rescore` with the model that sampled them.
 -- grain:   rollout_id
 -- inputs:  rollouts
 -- params:  none

@@ -1,4 +1,5 @@
 -- Rollouts with another number of entropies than completion tokens.
+-- cure:    Score them again: `echomine score --rescore` with the model that sampled them.
 -- grain:   rollout_id
 -- inputs:  rollouts
 -- params:  none

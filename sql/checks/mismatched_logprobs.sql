@@ -1,4 +1,5 @@
 -- Rollouts with another number of log-probabilities than completion tokens.
+-- cure:    Import these rollouts again from their dump; log-probs cannot be computed after the fact.
 -- grain:   rollout_id
 -- inputs:  rollouts
 -- params:  none

@@ -1,4 +1,5 @@
 -- Groups of several prompts, models or policy versions: a group is of one of each. Expert rollouts aside.
+-- cure:    Import the dump again with one group_id for each prompt, model and policy version.
 -- grain:   group_id
 -- inputs:  rollouts
 -- params:  none

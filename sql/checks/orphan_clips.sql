@@ -1,4 +1,5 @@
 -- Clips whose rollout the lake does not hold.
+-- cure:    Mine again (`echomine mine`) and export that mining; leave the old one alone.
 -- grain:   mining_id, clip_id
 -- inputs:  echo_clips, rollouts
 -- params:  none

@@ -1,6 +1,7 @@
--- Every group in the mining's reach with its class. Expert rollouts never count.
+-- Every group in the mining's reach with its class. Expert rollouts never count. A rollout that was verified again
+-- has the reward of its newest verdict.
 -- grain:   group_id
--- inputs:  rollouts, touched_groups
+-- inputs:  rollouts, current_verdicts, touched_groups
 -- params:  $incremental (only touched_groups), $run_id (null: all runs), $reward_tolerance, $success_reward,
 --          $fail_reward (reward), $min_group_size (rollouts), $allow_partial
 -- columns:
@@ -16,9 +17,10 @@ groups as (
         group_id,
         count(*) as num_rollouts,
         max(group_size) as group_size,
-        min(reward) as min_reward,
-        max(reward) as max_reward
+        min(coalesce(current_verdicts.reward, rollouts.reward)) as min_reward,
+        max(coalesce(current_verdicts.reward, rollouts.reward)) as max_reward
     from rollouts
+    left join current_verdicts using (rollout_id)
     where origin in ('policy', 'trainer')
         and ($run_id is null or run_id = $run_id)
         and (not $incremental or group_id in (select touched_groups.group_id from touched_groups))

@@ -1,6 +1,6 @@
--- V: the verified successes of the groups in scope, with their steps.
+-- V: the verified successes of the groups in scope, with their steps. The newest verdict decides.
 -- grain:   rollout_id
--- inputs:  rollouts, group_classes
+-- inputs:  rollouts, current_verdicts, group_classes
 -- params:  $scope (zero_advantage | any_success), $success_reward, $reward_tolerance (reward), $allow_truncated,
 --          $entropy_kind (null: all)
 -- columns:
@@ -27,11 +27,12 @@ select
     rollouts.step_entropies
 from rollouts
 join group_classes using (group_id)
+left join current_verdicts on current_verdicts.rollout_id = rollouts.rollout_id
 where rollouts.origin in ('policy', 'trainer')
     and case $scope
         when 'zero_advantage' then group_classes.group_class = 'all_success'
         else group_classes.group_class <> 'incomplete'
     end
-    and rollouts.reward >= $success_reward - $reward_tolerance
+    and coalesce(current_verdicts.reward, rollouts.reward) >= $success_reward - $reward_tolerance
     and (rollouts.finish_reason <> 'length' or $allow_truncated)
     and ($entropy_kind is null or rollouts.entropy_kind = $entropy_kind or rollouts.completion_entropies is null)

@@ -1,6 +1,6 @@
--- The best clips of a mining with the whole completion they were cut from.
+-- The best clips of a mining with the whole completion they were cut from, but for the withdrawn.
 -- grain:   clip_id
--- inputs:  echo_clips, rollouts, prompts
+-- inputs:  echo_clips, withdrawn_clips, rollouts, prompts
 -- params:  $mining_id, $num_clips (clips)
 -- columns:
 --   clip_id
@@ -47,5 +47,7 @@ select
 from echo_clips
 join rollouts using (rollout_id)
 left join prompts on prompts.prompt_id = echo_clips.prompt_id
+anti join withdrawn_clips
+    on withdrawn_clips.mining_id = echo_clips.mining_id and withdrawn_clips.clip_id = echo_clips.clip_id
 where echo_clips.mining_id = $mining_id and echo_clips.clip_rank < $num_clips
 order by echo_clips.clip_rank

@@ -1,6 +1,6 @@
 -- The tokens and facts of the clips that an export keeps, of some positions, in their order.
 -- grain:   position
--- inputs:  export_decisions, rollouts, prompts
+-- inputs:  export_decisions, rollouts, current_verdicts, prompts
 -- params:  $first (position), $last (position, exclusive)
 -- columns:
 --   position         from 0
@@ -13,7 +13,7 @@
 --   clip_ids
 --   is_whole         whether the clip is the whole completion
 --   step_entropy     nats
---   reward           the task reward
+--   reward           the task reward, by the newest verdict
 --   policy_version   optimizer steps
 --   tokenizer_hash
 --   weight           1.0
@@ -28,12 +28,13 @@ select
     clip_ids(rollouts.completion_ids, rollouts.step_ends, export_decisions.step_index) as clip_ids,
     export_decisions.step_index + 1 = len(rollouts.step_ends) as is_whole,
     export_decisions.step_entropy,
-    rollouts.reward,
+    coalesce(current_verdicts.reward, rollouts.reward) as reward,
     export_decisions.policy_version,
     export_decisions.tokenizer_hash,
     1.0 as weight
 from export_decisions
 join rollouts using (rollout_id)
+left join current_verdicts using (rollout_id)
 left join prompts on prompts.prompt_id = export_decisions.prompt_id
 where export_decisions.position >= $first and export_decisions.position < $last
 order by export_decisions.position

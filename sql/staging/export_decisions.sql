@@ -1,6 +1,6 @@
 -- What an export does with each clip of a mining: keeps it at a position, or leaves it out for a reason.
 -- grain:   clip_id
--- inputs:  echo_clips, rollouts, prompts, excluded_prompts
+-- inputs:  echo_clips, rollouts, prompts, withdrawn, excluded_prompts
 -- params:  $mining_id, $max_tokens (tokens of prompt and clip together, null: no limit)
 -- columns:
 --   clip_id
@@ -10,7 +10,7 @@
 --   step_entropy     nats
 --   policy_version   optimizer steps
 --   tokenizer_hash
---   drop_reason      excluded_prompt | max_tokens, null if it is kept
+--   drop_reason      withdrawn | excluded_prompt | max_tokens, null if it is kept
 --   position         from 0 in clip_rank order, null if it is left out
 with
 
@@ -25,6 +25,7 @@ judged as (
         echo_clips.policy_version,
         rollouts.tokenizer_hash,
         case
+            when echo_clips.clip_id in (select withdrawn.clip_id from withdrawn) then 'withdrawn'
             when echo_clips.prompt_id in (select excluded_prompts.prompt_id from excluded_prompts)
                 or prompts.messages in (select excluded_prompts.messages from excluded_prompts)
                 then 'excluded_prompt'

@@ -1,6 +1,6 @@
--- Every mined EchoClip with its tokens and where it came from.
+-- Every mined EchoClip with its tokens and where it came from, but for the withdrawn: see withdrawn_clips.
 -- grain:   mining_id, clip_id
--- inputs:  echo_clips, rollouts
+-- inputs:  echo_clips, rollouts, withdrawn_clips
 -- params:  none
 -- columns:
 --   mining_id
@@ -38,3 +38,5 @@ select
     clip_ids(rollouts.completion_ids, rollouts.step_ends, echo_clips.step_index) as clip_ids
 from echo_clips
 join rollouts using (rollout_id)
+anti join withdrawn_clips
+    on withdrawn_clips.mining_id = echo_clips.mining_id and withdrawn_clips.clip_id = echo_clips.clip_id

@@ -58,14 +58,16 @@ def found(sample_lake, rollouts: list[dict[str, object]], clips: list[dict[str, 
     with sample_lake.lake.reader() as reader:
         reader.materialize_rows("rollouts", pa.Table.from_pylist(rollouts, schema.ROLLOUTS))
         reader.materialize_rows("echo_clips", pa.Table.from_pylist(clips, schema.ECHO_CLIPS))
-        return {check.name: check.num_offending for check in run_checks(reader) if check.num_offending}
+        mine = {name for name, _ in FAULTS} | {"orphan_clips"}
+        results = [check for check in run_checks(reader) if check.name in mine]
+        return {check.name: check.num_offending for check in results if check.num_offending}
 
 
 def test_a_sound_lake_passes_every_check(sample_lake):
     with sample_lake.lake.reader() as reader:
         results = run_checks(reader)
-    assert [result.name for result in results] == sorted({name for name, _ in FAULTS} | {"orphan_clips"})
-    assert [result.num_offending for result in results] == [0] * 9
+    assert {name for name, _ in FAULTS} | {"orphan_clips"} <= {result.name for result in results}
+    assert {result.num_offending for result in results} == {0}
 
 
 @pytest.mark.parametrize(("check", "fault"), FAULTS)

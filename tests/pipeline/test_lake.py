@@ -16,6 +16,7 @@ import pytest
 from lake_worker import rollout
 
 import pipeline.lake
+import pipeline.lake_reader
 from pipeline import schema
 from pipeline.config import MiningConfig
 from pipeline.errors import LakeError
@@ -75,24 +76,27 @@ def test_a_catalog_that_is_no_catalog_is_named(tmp_path: Path) -> None:
 
 
 def test_a_lake_of_a_newer_schema_is_refused(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schema, "SCHEMA_VERSION", 1)
-    with pytest.raises(LakeError, match=r"has schema 2, this EchoMine knows 1\. Update EchoMine"):
+    monkeypatch.setattr(schema, "SCHEMA_VERSION", 2)
+    with pytest.raises(LakeError, match=r"has schema 3, this EchoMine knows 2\. Update EchoMine"):
         Lake.open(lake.folder)
 
 
 def test_a_lake_of_an_older_schema_gets_the_tables_it_lacks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    older = {name: columns for name, columns in schema.TABLES.items() if name != "scorings"}
+    later = {"scorings", "verdicts", "forgotten_prompts"}
+    older = {name: columns for name, columns in schema.TABLES.items() if name not in later}
     with monkeypatch.context() as patch:
         patch.setattr(schema, "TABLES", older)
-        patch.setattr(schema, "SCHEMA_VERSION", 1)
+        patch.setattr(schema, "SCHEMA_VERSION", 2)
+        patch.setattr(pipeline.lake_reader, "views", tuple)  # theirs knew no later tables
         Lake.create(tmp_path / "lake").commit(group("a"))
     lake = Lake.open(tmp_path / "lake")
     assert groups_in(lake) == ["a"]
     with lake.reader() as reader:
-        assert reader.rows("select count(*) as n from scorings") == [{"n": 0}]
-        assert reader.rows("select value from meta where key = 'schema_version'") == [{"value": "2"}]
+        for table in later:
+            assert reader.rows(f"select count(*) as n from lake.{table}") == [{"n": 0}]
+        assert reader.rows("select value from meta where key = 'schema_version'") == [{"value": "3"}]
         snapshot = reader.snapshot
     with Lake.open(tmp_path / "lake").reader() as reader:
         assert reader.snapshot == snapshot  # once is enough

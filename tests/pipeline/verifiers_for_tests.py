@@ -67,3 +67,7 @@ def child_that_stays():
 
 
 not_a_function = 5
+
+
+def nothing_is_right(completion, prompt):
+    return 0.0

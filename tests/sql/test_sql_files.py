@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date
@@ -10,8 +11,11 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from sample_lake import overturned
 
+from pipeline.checks import run_checks
 from pipeline.config import MiningConfig
+from pipeline.lake import Lake
 from pipeline.lake_reader import Reader
 from pipeline.mine import STAGES
 from pipeline.report import LIMITS
@@ -27,8 +31,11 @@ GIVEN = {
     "dump_rows",
     "incoming_rollouts",
     "staged_rollouts",
+    "named",
+    "withdrawn",
 }  # by the pipeline
 MAY_BE_EMPTY = {"checks"}  # a sound lake has no offending rows
+VERIFIER_PARAMS = {"prompt_id": None, "stored_verifier": None, "verifier": "math", "verifier_version": "1"}
 SCORER_PARAMS = {"rescore": True, "weights_hash": "0123", "tokenizer_hash": "4567", "context": 512}
 EXPORT_PARAMS = {"max_tokens": None, "first": 0, "last": 100}
 REPORT_PARAMS = {"night": date(2026, 3, 2), "model": "small", "num_clips": 20}
@@ -55,7 +62,7 @@ def header_of(path: Path) -> Header:
     fields: dict[str, str] = {"summary": ""}
     name = "summary"
     for line in lines:
-        start = re.fullmatch(r" (grain|inputs|params|columns):(.*)", line)
+        start = re.fullmatch(r" (cure|grain|inputs|params|columns):(.*)", line)
         if start:
             name, line = start[1], start[2]
             fields[name] = ""
@@ -77,9 +84,15 @@ def relation_of(path: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def reader(sample_lake) -> Iterator[Reader]:
-    """The sample lake with its views and with the mining's stages, in their order."""
-    with sample_lake.lake.reader() as reader:
+def reader(sample_lake, tmp_path_factory) -> Iterator[Reader]:
+    """The sample lake, two clips overturned, with its views and the mining's stages in their order."""
+    folder = tmp_path_factory.mktemp("judged") / "lake"
+    shutil.copytree(sample_lake.lake.folder, folder)
+    judged = Lake.open(folder)
+    overturned(judged, 2)
+    with judged.reader() as reader:
+        named = reader.table("select distinct prompt_id from echo_clips")
+        reader.materialize_rows("named", named)
         reader.materialize_rows("touched_groups", reader.touched_groups(reader.snapshot))
         export_drops = {"reason": ["max_tokens"], "num_dropped": [3]}
         reader.materialize_rows("export_drops", pa.table(export_drops))
@@ -88,6 +101,7 @@ def reader(sample_lake) -> Iterator[Reader]:
         reader.materialize("incoming_rollouts", incoming, {})
         staged = "select nth, 0 as file, false as is_refused, * exclude (nth) from incoming_rollouts"
         reader.materialize("staged_rollouts", staged, {})
+        reader.materialize_rows("withdrawn", reader.table("select clip_id from withdrawn_clips limit 1"))
         reader.materialize_rows("excluded_prompts", pa.table({"prompt_id": ["none"], "messages": ["none"]}))
         every_run = params(sample_lake) | {"run_id": None}
         for stage in STAGES:
@@ -107,7 +121,7 @@ def reader(sample_lake) -> Iterator[Reader]:
 def params(sample_lake) -> dict[str, object]:
     mining = MiningConfig(clips_per_group=2, max_policy_lag=7).model_dump()
     ids = {"run_id": sample_lake.run_id, "mining_id": sample_lake.mining_id, "incremental": False}
-    return {**mining, **LIMITS, **SCORER_PARAMS, **EXPORT_PARAMS, **REPORT_PARAMS, **ids}
+    return {**mining, **LIMITS, **SCORER_PARAMS, **EXPORT_PARAMS, **REPORT_PARAMS, **VERIFIER_PARAMS, **ids}
 
 
 @pytest.fixture(params=FILES, ids=lambda path: str(path.relative_to(SQL_FOLDER)))
@@ -154,7 +168,7 @@ def test_the_inputs_are_the_relations_that_the_query_reads(file):
     known = set(TABLES) | {relation_of(path) for path in FILES} | GIVEN
     read = set(re.findall(r"\b(?:from|join)\s+([a-z_]+)(?![a-z_]*\()", code)) - own
     if "the catalog" in header_of(file).inputs:
-        assert read <= {"ducklake_snapshots"}
+        assert read - known <= {"ducklake_snapshots", "__ducklake_metadata_lake"}
     else:
         assert read == set(header_of(file).inputs)
         assert read <= known
@@ -174,3 +188,7 @@ def test_no_two_files_make_the_same_relation():
 def test_the_sample_lake_has_every_class_of_group(reader):
     rows = reader.rows("select distinct group_class from groups")
     assert {row["group_class"] for row in rows} == set(CLASS_COLOURS)
+
+
+def test_every_check_names_a_cure(reader):
+    assert all(check.cure.endswith(".") for check in run_checks(reader))

@@ -1,0 +1,15 @@
+-- Data files of which the catalog and the table files do not say the same: no record, or another number of rows.
+-- cure:    Run `echomine doctor` on a backup of the lake, and restore the catalog from the newest that is sound.
+-- grain:   path
+-- inputs:  files, the catalog
+-- params:  none
+-- columns:
+--   path
+--   num_recorded   rows by the table files, null if it does not know the file
+--   num_rows       rows by the catalog
+select data.path, max(files.num_rows) as num_recorded, any_value(data.record_count) as num_rows
+from __ducklake_metadata_lake.ducklake_data_file as data
+left join files on parse_filename(files.path) = parse_filename(data.path)
+where data.end_snapshot is null
+group by data.path
+having max(files.num_rows) is distinct from any_value(data.record_count)

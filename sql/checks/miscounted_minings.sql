@@ -1,0 +1,25 @@
+-- Minings that recorded another number of clips than there are; fewer are sound where prompts were forgotten.
+-- cure:    Mine again with other options or after the next night, and export that mining instead.
+-- grain:   mining_id
+-- inputs:  mining_runs, echo_clips, forgotten_prompts
+-- params:  none
+-- columns:
+--   mining_id
+--   num_recorded   clips
+--   num_clips      clips
+with
+
+counted as (
+    select mining_id, count(*) as num_clips
+    from echo_clips
+    group by mining_id
+)
+
+select
+    mining_runs.mining_id,
+    mining_runs.num_clips as num_recorded,
+    coalesce(counted.num_clips, 0) as num_clips
+from mining_runs
+left join counted using (mining_id)
+where coalesce(counted.num_clips, 0) > mining_runs.num_clips
+    or (coalesce(counted.num_clips, 0) < mining_runs.num_clips and not exists (from forgotten_prompts))

@@ -1,0 +1,114 @@
+"""The doctor finds what is wrong with a lake, says how to mend it, and calls the sample lake healthy."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from sample_lake import SampleLake
+
+from flows.cli import main
+from pipeline.doctor import Finding, examine_lake
+from pipeline.lake import Lake
+
+SOME_PROMPT = "(select min(prompt_id) from prompts)"
+SOME_CLIP = "(select min(rollout_id) from echo_clips)"
+# what breaks the sample lake, the checks that find it, a part of the cure
+BREAKS = [
+    (f"delete from prompts where prompt_id = {SOME_PROMPT}", {"orphan_rollouts"}, "import the run again"),
+    ("update rollouts set group_size = 1 where group_size = 2", {"overfull_groups"}, "true `group_size`"),
+    ("update echo_clips set mining_id = 'lost'", {"unmined_clips", "miscounted_minings"}, "echomine mine"),
+    ("update mining_runs set num_clips = num_clips + 1", {"miscounted_minings"}, "export that mining"),
+    (
+        "insert into clip_uses select training_id, 'lost', 1, 0.5, created_at from clip_uses",
+        {"orphan_clip_uses"},
+        "Keep the training's shards",
+    ),
+    ("insert into scorings (rollout_id, scored_at) values ('lost', now())", {"orphan_scorings"}, "backup"),
+    ("insert into verdicts (rollout_id, reward) values ('lost', 0)", {"orphan_verdicts"}, "backup"),
+    (
+        "insert into shards (path, sha256, mining_id) values ('/no/a', 'b', 'lost')",
+        {"orphan_shards"},
+        "export shards",
+    ),
+    (
+        f"insert into forgotten_prompts values ({SOME_PROMPT}, 'prompt', {SOME_PROMPT}, now())",
+        {"remembered_prompts"},
+        "echomine forget --prompt",
+    ),
+    ("delete from files where table_name = 'rollouts'", {"miscounted_files"}, "restore the catalog"),
+    ("update files set num_rows = num_rows + 1", {"miscounted_files"}, "restore the catalog"),
+    (f"delete from rollouts where rollout_id = {SOME_CLIP}", {"orphan_clips"}, "echomine mine"),
+]
+
+
+@pytest.fixture
+def copy(sample_lake: SampleLake, tmp_path: Path) -> Lake:
+    shutil.copytree(sample_lake.lake.folder, tmp_path / "lake")
+    return Lake.open(tmp_path / "lake")
+
+
+def bad(lake: Lake) -> list[Finding]:
+    return [finding for finding in examine_lake(lake.folder) if not finding.ok]
+
+
+def change(lake: Lake, sql: str) -> None:
+    def run(connection, _written) -> None:
+        connection.execute("begin")
+        connection.execute(sql)
+
+    lake.changed(run)
+
+
+def test_the_sample_lake_is_healthy(copy: Lake) -> None:
+    assert bad(copy) == []
+
+
+@pytest.mark.parametrize(("sql", "checks", "cure"), BREAKS, ids=[sql for sql, *_ in BREAKS])
+def test_the_doctor_sees_what_was_broken_and_names_the_cure(
+    copy: Lake, sql: str, checks: set[str], cure: str
+) -> None:
+    change(copy, sql)
+    found = {finding.name.removeprefix("check "): finding.text for finding in bad(copy)}
+    assert found.keys() == checks
+    assert all("lists them" in text for text in found.values())
+    assert any(cure in text for text in found.values())
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-9])])
+def test_an_export_that_lost_or_changed_a_file_is_named_and_a_deleted_one_is_not(
+    copy: Lake, tmp_path, damage
+) -> None:
+    change(
+        copy,
+        "delete from echo_clips where rollout_id not in (select rollout_id from rollouts where model = 'small')",
+    )
+    shards = tmp_path / "shards" / "export"
+    shards.mkdir(parents=True)
+    (shards / "clips-00000.parquet").write_bytes(b"what was exported")
+    sha256 = "2bf0d6d4b2d2c0d0"
+    change(
+        copy,
+        f"insert into shards select '{shards}/clips-00000.parquet', mining_id, 1, 1, '{sha256}', now() from mining_runs",
+    )
+    damage(shards / "clips-00000.parquet")
+    named = [finding for finding in bad(copy) if finding.name == "shard export/clips-00000.parquet"]
+    assert len(named) == 1
+    assert f"Delete {shards} and export again" in named[0].text
+    shutil.rmtree(shards)
+    assert not [finding for finding in bad(copy) if finding.name.startswith("shard ")]
+
+
+def test_a_flipped_byte_is_named_with_the_cure_and_the_command_exits_with_2(
+    copy: Lake, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = next(copy.files.rglob("rollouts/*.parquet"))
+    content = bytearray(path.read_bytes())
+    content[100] ^= 1
+    path.write_bytes(content)
+    assert main(["doctor", "--lake", str(copy.folder)]) == 2
+    line = next(line for line in capfd.readouterr().out.splitlines() if path.name in line)
+    assert line.startswith("BAD")
+    assert "SHA-256 differs" in line
+    assert "Restore it from a backup" in line
