@@ -224,7 +224,10 @@ def forget(lake: Lake, found: Forgetting) -> Forgot:
             with lake.reader() as reader:
                 shards = notice_shards(reader, found.clips, "forgotten")
             keys = {name: (COLUMNS[name], values) for name, values in found.keys.items()}
-            rows = lake.changed(lambda *session: remove_rows(lake, *session, keys, _remembered(found)))
+            remembered = _remembered(found)
+            rows = lake.changed(
+                lambda connection, written: remove_rows(lake, connection, written, keys, remembered)
+            )
             reports = _tidy_runs(lake, found)
             purge_catalog(lake)
     finally:

@@ -43,7 +43,7 @@ def test_prefect_is_imported_in_flows_only() -> None:
 
 def test_duckdb_is_imported_by_the_lake_only() -> None:
     lake = {"pipeline/catalog.py", "pipeline/lake.py", "pipeline/lake_reader.py"}
-    assert importers("duckdb") - {"pipeline/query.py?"} == lake
+    assert importers("duckdb") - {"pipeline/query.py?", "pipeline/removal.py?"} == lake
     assert importers("duckdb_extensions") == {"pipeline/catalog.py"}
 
 
