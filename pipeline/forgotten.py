@@ -53,7 +53,7 @@ class Forgotten:
         return [row for row, _ in good], [source for _, source in good], [*before, *bad]
 
     def rows(self, part: pa.Table) -> frozenset[int]:
-        """The numbers of the rows, with their prompts as `messages` (JSON), that are of a forgotten prompt."""
+        """The numbers of the rows that are of a forgotten prompt; their `messages` are JSON."""
         if not self.fingerprints:
             return frozenset()
         prompts = part.select(["prompt_id", "messages", "prompt_ids"]).to_pylist()

@@ -100,8 +100,8 @@ def refuse_other_catalogs(lake: Lake) -> None:
     """Raises LakeError for a catalog whose pages cannot be cleared from here: nothing would be gone."""
     if not isinstance(lake.catalog, SqliteCatalog):
         raise LakeError(
-            f"The catalog of {lake.folder} is in {lake.catalog.where}, which keeps old rows, logs and backups "
-            "of its own, so a prompt cannot be forgotten there. Export what shall stay into a lake without it."
+            f"The catalog of {lake.folder} is in {lake.catalog.where}, which keeps old rows and logs of its "
+            "own, so a prompt cannot be forgotten there. Export what shall stay into a lake without it."
         )
 
 

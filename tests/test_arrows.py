@@ -48,7 +48,7 @@ def test_duckdb_is_imported_by_the_lake_only() -> None:
         "pipeline/catalog_postgres.py",
         "pipeline/lake_reader.py",
     }
-    assert importers("duckdb") - {"pipeline/query.py?"} == lake
+    assert importers("duckdb") - {"pipeline/query.py?", "pipeline/removal.py?"} == lake
     assert importers("duckdb_extensions") == {"pipeline/catalog.py"}
 
 

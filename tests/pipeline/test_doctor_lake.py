@@ -80,17 +80,14 @@ def test_the_doctor_sees_what_was_broken_and_names_the_cure(
 def test_an_export_that_lost_or_changed_a_file_is_named_and_a_deleted_one_is_not(
     copy: Lake, tmp_path, damage
 ) -> None:
-    change(
-        copy,
-        "delete from echo_clips where rollout_id not in (select rollout_id from rollouts where model = 'small')",
-    )
     shards = tmp_path / "shards" / "export"
     shards.mkdir(parents=True)
     (shards / "clips-00000.parquet").write_bytes(b"what was exported")
     sha256 = "2bf0d6d4b2d2c0d0"
     change(
         copy,
-        f"insert into shards select '{shards}/clips-00000.parquet', mining_id, 1, 1, '{sha256}', now() from mining_runs",
+        f"insert into shards select '{shards}/clips-00000.parquet', mining_id, 1, 1, '{sha256}', now() "
+        "from mining_runs",
     )
     damage(shards / "clips-00000.parquet")
     named = [finding for finding in bad(copy) if finding.name == "shard export/clips-00000.parquet"]
