@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.config import MiningConfig
 from pipeline.formats.canonical import check_files, import_canonical
 from pipeline.lake import Lake
-from pipeline.mine import mine
+from pipeline.mine import WHOLE_LAKE, mine
 from pipeline.sqlfiles import sql_file
 
 ZERO_ADVANTAGE = ("all_success", "all_fail", "all_equal")
@@ -79,7 +79,7 @@ def audit(
         import_canonical(lake, files, tokenizer, progress)
         mined = mine(lake, config)
         with lake.reader() as reader:
-            params = config.model_dump() | {"run_id": None, "incremental": False}
+            params = config.model_dump() | WHOLE_LAKE
             reader.materialize_rows("touched_groups", reader.touched_groups(reader.snapshot))
             reader.materialize("group_classes", sql_file("mining/group_classes"), params)
             figures = reader.rows(sql_file("reports/class_figures"))

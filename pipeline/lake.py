@@ -26,11 +26,13 @@ from filelock import FileLock
 from pipeline import schema
 from pipeline.catalog import Catalog, retried, session
 from pipeline.errors import LakeError, said
-from pipeline.lake_reader import Reader
+from pipeline.lake_reader import SPANNING_GROUP, Reader
 from pipeline.parquet import write_data_file
+from pipeline.verified import note_written
 
 # Fewer rows are kept in the catalog itself (DuckLake's data inlining) instead of a tiny file each.
 INLINED_ROWS = 1000
+MERGED_FILE = "ducklake-"  # how the names of files begin that hold what other files held before
 _DAMAGE = re.compile(r"magic bytes|corrupt|malformed|ZSTD|TProtocol|parquet metadata", re.IGNORECASE)
 
 Result = TypeVar("Result")
@@ -173,6 +175,8 @@ class Lake:
             connection.execute("begin")
             for name, rows in fresh.items():
                 self._add(connection, name, rows, written)
+            if "rollouts" in fresh:
+                _note_spanning_groups(connection, fresh["rollouts"])
             return {name: rows.num_rows for name, rows in fresh.items()}
 
         return self._changed(change)
@@ -268,6 +272,7 @@ class Lake:
             "created_at": datetime.now(UTC),
         }
         _insert(connection, "files", pa.Table.from_pylist([record], schema.FILES))
+        note_written(self.folder, {record["path"]: sha256})
 
     def delete_orphans(self, older_than: timedelta = timedelta(hours=1)) -> int:
         """Deletes data files that no snapshot names: a writer was killed between file and commit.
@@ -304,15 +309,42 @@ def _new_rows(connection: duckdb.DuckDBPyConnection, name: str, rows: pa.Table) 
     )
     connection.register("incoming", numbered)
     same = " and ".join(f'held."{key}" is not distinct from incoming."{key}"' for key in schema.KEYS[name])
+    # A key column of one value, such as a mining's name, spares the files that cannot hold it.
+    shared = {key: values[0] for key in schema.KEYS[name] if len(values := rows[key].unique()) == 1}
+    shared = {key: value.as_py() for key, value in shared.items() if value.is_valid}
+    here = "".join(f' and held."{key}" = ${key}' for key in shared)
     fresh = connection.execute(
         f"""
         select min(nth_incoming) as nth_incoming from incoming
-        where not exists (select 1 from "{name}" as held where {same})
+        where not exists (select 1 from "{name}" as held where {same}{here})
         group by {keys} order by 1
-        """
+        """,
+        shared,
     ).to_arrow_table()
     connection.unregister("incoming")
     return rows.take(fresh["nth_incoming"])
+
+
+def _note_spanning_groups(connection: duckdb.DuckDBPyConnection, rows: pa.Table) -> None:
+    """Names in `meta` the runs of each group of `rows` that lies in several, where that is news."""
+    connection.register("incoming", rows.select(["group_id", "run_id"]))
+    connection.execute(
+        """
+        insert into meta
+        with
+        places as (
+            select distinct group_id, run_id from rollouts
+            where group_id in (select incoming.group_id from incoming)
+        )
+        select $spanning || group_id as key, run_id as value
+        from places
+        qualify count(*) over (partition by group_id) > 1
+        except
+        select key, value from meta
+        """,
+        {"spanning": SPANNING_GROUP},
+    )
+    connection.unregister("incoming")
 
 
 def _insert(connection: duckdb.DuckDBPyConnection, name: str, rows: pa.Table) -> None:

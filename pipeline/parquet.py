@@ -42,6 +42,8 @@ def write_data_file(table: pa.Table, path: Path) -> str:
             write_page_checksum=True,
         )
         sha256 = file_sha256(partial)
+        with partial.open("rb") as file:  # on the disk before a catalog names it
+            os.fsync(file.fileno())
         os.replace(partial, path)
         return sha256
     except OSError as error:

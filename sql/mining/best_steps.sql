@@ -18,14 +18,18 @@ with
 candidates as (
     select
         *,
-        list_transform(
-            step_entropies,
-            lambda entropy, i: case
-                when step_ends[i] - coalesce(step_ends[i - 1], 0) >= $min_step_tokens
-                    and ($max_clip_tokens is null or step_ends[i] <= $max_clip_tokens)
-                then entropy
-            end
-        ) as candidate_entropies
+        case
+            -- a third of the time where nothing is asked of steps
+            when $min_step_tokens <= 1 and $max_clip_tokens is null then step_entropies
+            else list_transform(
+                step_entropies,
+                lambda entropy, i: case
+                    when step_ends[i] - coalesce(step_ends[i - 1], 0) >= $min_step_tokens
+                        and ($max_clip_tokens is null or step_ends[i] <= $max_clip_tokens)
+                    then entropy
+                end
+            )
+        end as candidate_entropies
     from successes
     where not awaits_scorer
 ),

@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.config import MiningConfig
 from pipeline.lake_reader import Reader
-from pipeline.mine import STAGES
+from pipeline.mine import STAGES, WHOLE_LAKE
 from pipeline.report import LIMITS
 from pipeline.report_charts import CLASS_COLOURS
 from pipeline.schema import TABLES
@@ -74,7 +74,7 @@ def reader(sample_lake) -> Iterator[Reader]:
         reader.materialize_rows("touched_groups", reader.touched_groups(reader.snapshot))
         export_drops = {"reason": ["max_tokens"], "num_dropped": [3]}
         reader.materialize_rows("export_drops", pa.table(export_drops))
-        every_run = params(sample_lake) | {"run_id": None}
+        every_run = params(sample_lake) | WHOLE_LAKE
         for stage in STAGES:
             reader.materialize(stage, (SQL_FOLDER / f"mining/{stage}.sql").read_text(), every_run)
         yield reader
@@ -82,8 +82,8 @@ def reader(sample_lake) -> Iterator[Reader]:
 
 def params(sample_lake) -> dict[str, object]:
     mining = MiningConfig(clips_per_group=2, max_policy_lag=7).model_dump()
-    ids = {"run_id": sample_lake.run_id, "mining_id": sample_lake.mining_id, "incremental": False}
-    return {**mining, **LIMITS, **SCORER_PARAMS, **REPORT_PARAMS, **ids}
+    ids = {"run_id": sample_lake.run_id, "mining_id": sample_lake.mining_id}
+    return {**mining, **WHOLE_LAKE, "few_twins": None, **LIMITS, **SCORER_PARAMS, **REPORT_PARAMS, **ids}
 
 
 @pytest.fixture(params=FILES, ids=lambda path: str(path.relative_to(SQL_FOLDER)))
