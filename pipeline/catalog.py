@@ -19,6 +19,12 @@ BUSY_TIMEOUT_MS = 30_000
 RETRIES = 8
 EXTENSIONS = ("ducklake", "sqlite")
 
+SETTINGS = {
+    "autoinstall_known_extensions": False,
+    # The kernel keeps what was read of files; a second copy in here would outlive a file's damage.
+    "enable_external_file_cache": False,
+}
+
 Result = TypeVar("Result")
 
 # Loading the extensions takes longer than most queries, so finished sessions leave their instance here.
@@ -91,7 +97,7 @@ def session() -> Iterator[duckdb.DuckDBPyConnection]:
 
 
 def _instance() -> duckdb.DuckDBPyConnection:
-    instance = duckdb.connect(config={"autoinstall_known_extensions": False})
+    instance = duckdb.connect(config=SETTINGS)
     for extension in EXTENSIONS:
         import_extension(extension, con=instance)  # from the installed package, never from the network
         instance.execute(f"load {extension}")
