@@ -158,6 +158,16 @@ class TrainConfig(Section):
     seed: int = Field(0, ge=0, description="order of prompts and clips, and on-policy noise")
 
 
+class MaintainConfig(Section):
+    retention_days: int = Field(
+        90, ge=0, description="snapshots that a mining or training of so many days names are kept"
+    )
+    merge_below_mib: int = Field(64, ge=1, description="data files smaller than this are merged")
+    grace_hours: float = Field(
+        24.0, ge=0, description="what merging or expiring replaced stays so long for whoever reads it"
+    )
+
+
 class NightlyConfig(Section):
     model: str = Field("arith", description="arith, smollm2, or a Hugging Face model folder")
     prompts: str = Field(
@@ -175,6 +185,7 @@ class NightlyConfig(Section):
     mining: MiningConfig = Field(default_factory=MiningConfig)
     export: ExportConfig = Field(default_factory=ExportConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
+    maintain: MaintainConfig = Field(default_factory=MaintainConfig)
 
 
 ConfigT = TypeVar("ConfigT", bound=Section)

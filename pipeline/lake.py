@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from filelock import FileLock
 from pipeline import schema
 from pipeline.catalog import Catalog, retried, session
 from pipeline.errors import LakeError, said
+from pipeline.holds import held, hold
 from pipeline.lake_reader import SPANNING_GROUP, Reader
 from pipeline.parquet import write_data_file
 from pipeline.verified import note_written
@@ -125,8 +126,9 @@ class Lake:
         Raises:
             LakeError: no such snapshot, or the catalog cannot be read.
         """
+        holding = nullcontext() if snapshot is None else hold(self.folder, snapshot)
         try:
-            with session() as connection:
+            with holding, session() as connection:
                 yield self._pinned(connection, snapshot)
         except duckdb.Error as error:
             # A damaged file has no exception of its own; what a wrong query raises stays as it is.
@@ -274,29 +276,38 @@ class Lake:
         _insert(connection, "files", pa.Table.from_pylist([record], schema.FILES))
         note_written(self.folder, {record["path"]: sha256})
 
-    def delete_orphans(self, older_than: timedelta = timedelta(hours=1)) -> int:
+    @contextmanager
+    def maintained(self) -> Iterator[duckdb.DuckDBPyConnection]:
+        """A session for upkeep, while no other writer of this machine writes."""
+        try:
+            with self._lock, session() as connection:
+                retried(partial(self.catalog.attach, connection))
+                yield connection
+        except (OSError, duckdb.Error) as error:
+            raise LakeError(
+                f"Cannot tidy the lake in {self.folder}: {said(error)}. Mend that and run the command again."
+            ) from error
+
+    def held_snapshots(self) -> set[int]:
+        """Those that sessions read at this moment because someone asked for them by number."""
+        return held(self.folder)
+
+    def delete_orphans(self, older_than: timedelta = timedelta(hours=1), dry_run: bool = False) -> int:
         """Deletes data files that no snapshot names: a writer was killed between file and commit.
 
         Returns:
             how many there were. Younger files stay: their commit may be under way.
         """
         oldest = datetime.now(UTC) - older_than
-        try:
-            with self._lock, session() as connection:
-                self.catalog.attach(connection)
-                deleted = connection.execute(
-                    "call ducklake_delete_orphaned_files('lake', older_than => ?)",
-                    [oldest],
-                ).fetchall()
-                unfinished = [
-                    p for p in self.files.rglob(".*.partial") if p.stat().st_mtime < oldest.timestamp()
-                ]
+        with self.maintained() as connection:
+            deleted = connection.execute(
+                "call ducklake_delete_orphaned_files('lake', older_than => ?, dry_run => ?)",
+                [oldest, dry_run],
+            ).fetchall()
+            unfinished = [p for p in self.files.rglob(".*.partial") if p.stat().st_mtime < oldest.timestamp()]
+            if not dry_run:
                 _remove(unfinished)
-            return len(deleted) + len(unfinished)
-        except (OSError, duckdb.Error) as error:
-            raise LakeError(
-                f"Cannot tidy the lake in {self.folder}: {said(error)}. Mend that and run the command again."
-            ) from error
+        return len(deleted) + len(unfinished)
 
 
 def _new_rows(connection: duckdb.DuckDBPyConnection, name: str, rows: pa.Table) -> pa.Table:

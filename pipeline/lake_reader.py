@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import duckdb
@@ -25,6 +25,32 @@ _NEWS = """
     select group_id, run_id
     from ducklake_table_insertions('lake', 'main', 'rollouts', $first, $last)
     where snapshot_id > $since
+"""
+
+
+_HISTORY = """
+    select
+        history.snapshot_id as snapshot,
+        history.snapshot_time as created_at,
+        coalesce(
+            list_contains(history.changes['tables_inserted_into'], tables.table_id::varchar)
+            or list_contains(history.changes['tables_deleted_from'], tables.table_id::varchar),
+            false
+        ) as changed_rollouts
+    from ducklake_snapshots('lake') as history, __ducklake_metadata_lake.ducklake_table as tables
+    where tables.table_name = 'rollouts'
+"""
+
+_DATA_FILES = """
+    select
+        data.data_file_id,
+        tables.table_name,
+        'files/main/' || tables.table_name || '/' || parse_filename(data.path) as path,
+        data.record_count as num_rows
+    from __ducklake_metadata_lake.ducklake_data_file as data
+    join __ducklake_metadata_lake.ducklake_table as tables using (table_id)
+    where data.begin_snapshot <= $snapshot
+        and (data.end_snapshot is null or data.end_snapshot > $snapshot)
 """
 
 
@@ -70,21 +96,8 @@ class Reader:
 
         Files do not tell: one that was merged from the files of many commits holds them all.
         """
-        return int(
-            self.rows(
-                """
-                select coalesce(max(history.snapshot_id), 0) as snapshot
-                from ducklake_snapshots('lake') as history, __ducklake_metadata_lake.ducklake_table as tables
-                where tables.table_name = 'rollouts'
-                    and history.snapshot_id <= $snapshot
-                    and (
-                        list_contains(history.changes['tables_inserted_into'], tables.table_id::varchar)
-                        or list_contains(history.changes['tables_deleted_from'], tables.table_id::varchar)
-                    )
-                """,
-                {"snapshot": self.snapshot},
-            )[0]["snapshot"]
-        )
+        sql = f"select max(snapshot) as n from ({_HISTORY}) where changed_rollouts and snapshot <= $snapshot"
+        return self.rows(sql, {"snapshot": self.snapshot})[0]["n"] or 0
 
     def touched_groups(self, since_snapshot: int) -> pa.Table:
         """[group_id] of the groups that got rollouts after `since_snapshot`."""
@@ -122,41 +135,64 @@ class Reader:
         )[0]["n"]
         return {"first": first, "last": self.snapshot, "since": since_snapshot}
 
-    def data_files(self, runs: tuple[str, str] | None = None) -> dict[str, str]:
-        """SHA-256 by path, relative to the lake's folder, of the snapshot's data files.
+    def data_files(self, runs: tuple[str, str] | None = None) -> set[str]:
+        """The snapshot's data files, as paths relative to the lake's folder.
 
         Args:
             runs: only files of `rollouts` that may hold rows of the runs from the first to the last of these.
         """
         rows = self.rows(
-            """
-            select files.path, files.sha256
-            from files
-            join __ducklake_metadata_lake.ducklake_data_file as data
-                on parse_filename(data.path) = parse_filename(files.path)
+            f"""
+            select path from ({_DATA_FILES})
             left join (
                 select stats.data_file_id, stats.min_value, stats.max_value
                 from __ducklake_metadata_lake.ducklake_file_column_stats as stats
                 join __ducklake_metadata_lake.ducklake_column as columns using (table_id, column_id)
                 where columns.column_name = 'run_id'
             ) as runs using (data_file_id)
-            where data.begin_snapshot <= $snapshot
-                and (data.end_snapshot is null or data.end_snapshot > $snapshot)
-                and (
-                    $first is null
-                    or (
-                        files.table_name = 'rollouts'
-                        and coalesce(runs.max_value >= $first and runs.min_value <= $last, true)
-                    )
-                )
+            where $first is null
+                or (table_name = 'rollouts' and coalesce(max_value >= $first and min_value <= $last, true))
             """,
             {"snapshot": self.snapshot, "first": runs and runs[0], "last": runs and runs[1]},
         )
-        return {row["path"]: row["sha256"] for row in rows}
+        return {row["path"] for row in rows}
 
-    def verification(self, runs: tuple[str, str] | None = None, everything: bool = False) -> Verification:
-        """Starts to look whether data files (those of `runs`) are as they were written."""
-        return Verification(self.lake.folder, self.data_files(runs), everything)
+    def unrecorded_files(self) -> list[tuple[str, str, int]]:
+        """Path, table and number of rows of the data files without a SHA-256 in `files`."""
+        rows = self.rows(
+            f"select path, table_name, num_rows from ({_DATA_FILES}) "
+            "where path not in (select files.path from files) order by path",
+            {"snapshot": self.snapshot},
+        )
+        return [(row["path"], row["table_name"], row["num_rows"]) for row in rows]
+
+    def recorded_hashes(self) -> dict[str, str]:
+        """SHA-256 by path, relative to the lake's folder, of all data files that this snapshot knows of."""
+        return {row["path"]: row["sha256"] for row in self.rows("select path, sha256 from files")}
+
+    def verification(
+        self,
+        runs: tuple[str, str] | None = None,
+        everything: bool = False,
+        only: Collection[str] | None = None,
+        newest: Reader | None = None,
+    ) -> Verification:
+        """Starts to look whether data files are as they were written.
+
+        Args:
+            runs: only files that may hold rollouts of the runs from the first to the last of these.
+            everything: also files that are noted as unchanged.
+            only: only these files.
+            newest: knows the hashes of files that were merged after this session's snapshot.
+        """
+        hashes = (newest or self).recorded_hashes()
+        files = self.data_files(runs) if only is None else set(only)
+        known = {path: hashes[path] for path in files if path in hashes}
+        return Verification(self.lake.folder, known, everything)
+
+    def history(self) -> list[dict[str, Any]]:
+        """Every snapshot in order: `snapshot`, `created_at`, and whether it `changed_rollouts`."""
+        return self.rows(f"{_HISTORY} order by snapshot")
 
     def select(self, sql: str) -> Selection:
         """Runs a user's query: reading only, nothing beyond this lake's folder.

@@ -32,7 +32,7 @@ STAGES = (
 )
 # What stages are bound to where every group of the lake is asked for.
 WHOLE_LAKE = {"run_id": None, "incremental": False, "first_run": None, "last_run": None}
-FEW_TWINS = 32  # more are found faster by a join, although it reads everybody's tokens
+FEW_TWINS = 256  # more are found faster by a join, although it reads everybody's tokens
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def mine(
             return known
         _refuse_unknown_scope(reader, since_snapshot, run_id)
         runs = None if since_snapshot is None else reader.touched_runs(since_snapshot)
-        verification = reader.verification(runs)
+        verification = reader.verification(runs, newest=newest)
         try:
             groups, dropped, clips = _decide(reader, config, since_snapshot, runs, run_id)
         finally:

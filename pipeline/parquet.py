@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 from pipeline.errors import LakeError
 from pipeline.hashing import file_sha256
 
-ROW_GROUP_ROWS = 8192
+# So few that asking for a few rollouts by name reads little of the others; sizes grow by less than 1 %.
+ROW_GROUP_ROWS = 2048
 
 
 def write_data_file(table: pa.Table, path: Path) -> str:

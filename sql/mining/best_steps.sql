@@ -9,6 +9,9 @@
 --   model
 --   policy_version   optimizer steps
 --   sample_index
+--   tokenizer_hash
+--   splitter         given where the steps came with the rollout
+--   steps_hash       of the ends of the steps up to this one
 --   step_index       from 0
 --   num_steps        steps of the whole completion
 --   clip_tokens      tokens up to the end of the step
@@ -50,6 +53,9 @@ select
     model,
     policy_version,
     sample_index,
+    tokenizer_hash,
+    splitter,
+    hash(step_ends[:position]) as steps_hash,
     (position - 1)::integer as step_index,
     len(step_ends)::integer as num_steps,
     step_ends[position] as clip_tokens,

@@ -31,7 +31,7 @@ versions as (
 
 ordered as (
     select
-        group_clips.*,
+        group_clips.* exclude (tokenizer_hash, splitter, steps_hash),
         twin_contents.clip_ids,
         row_number() over (
             order by group_clips.step_entropy desc, group_clips.group_id, group_clips.group_rank
@@ -51,7 +51,11 @@ distinct_clips as (
     select *
     from ordered
     where refused_by is null
-    qualify row_number() over (partition by prompt_id, clip_tokens, clip_ids order by place) = 1
+    qualify row_number() over (
+        -- a clip without a twin is a content of its own
+        partition by prompt_id, clip_tokens, clip_ids, case when clip_ids is null then rollout_id end
+        order by place
+    ) = 1
 ),
 
 numbered as (

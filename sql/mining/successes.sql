@@ -10,6 +10,8 @@
 --   model
 --   policy_version   optimizer steps
 --   sample_index
+--   tokenizer_hash
+--   splitter         given where the steps came with the rollout
 --   entropy_kind
 --   awaits_scorer    no entropies yet
 --   step_ends        tokens, exclusive
@@ -21,6 +23,8 @@ select
     rollouts.model,
     rollouts.policy_version,
     rollouts.sample_index,
+    rollouts.tokenizer_hash,
+    coalesce(rollouts.splitter, 'given') as splitter,
     rollouts.entropy_kind,
     -- null exactly where the entropies are, in a column a twentieth of their size
     rollouts.step_entropies is null as awaits_scorer,

@@ -14,7 +14,7 @@ from pipeline.config import MiningConfig
 from pipeline.errors import MiningError
 from pipeline.ingest import ingest
 from pipeline.lake import Lake
-from pipeline.mine import Mining, mine
+from pipeline.mine import FEW_TWINS, Mining, mine
 
 Row = dict[str, Any]
 CLIP = ("group_id", "group_rank", "sample_index", "step_index", "clip_tokens", "clip_rank")
@@ -92,6 +92,27 @@ def test_a_group_with_an_unscored_success_waits(lake: Lake) -> None:
     mined = mine(lake, MiningConfig(scope="any_success"))
     assert mined.dropped == {"unscored": 1}
     assert {clip["group_id"] for clip in clips_of(lake, mined)} == {"b", "c"}
+
+
+@pytest.mark.parametrize("splitters", [("newline-1", "newline-1"), ("newline-1", "given"), ("given", None)])
+def test_a_copy_is_a_duplicate_whoever_split_it(lake: Lake, splitters: tuple[str | None, str | None]) -> None:
+    tokens = {"completion_ids": [7, 8, 9, 10], "completion_entropies": [0.1, 0.2, 0.3, 0.9], "prompt_id": "p"}
+    # whoever is given steps may have others of the same tokens; one rule has the same
+    ends = [[2, 4], [2, 4] if splitters[1] == "newline-1" else [1, 4]]
+    for name, splitter, step_ends in zip("ab", splitters, ends, strict=True):
+        put(lake, *group(name, **tokens, splitter=splitter, step_ends=step_ends))
+    put(lake, *group("c", **tokens | {"completion_ids": [7, 8, 9, 11]}, splitter="newline-1", step_ends=[2, 4]))
+    mined = mine(lake, MiningConfig())
+    assert (mined.clips, mined.dropped) == (2, {"duplicate": 1})
+
+
+def test_more_twins_than_a_list_holds_are_told_apart(lake: Lake) -> None:
+    for number in range(FEW_TWINS):
+        tokens = {"completion_ids": [number // 2, 1], "prompt_id": "p"}
+        put(lake, *group(f"{number:02}", **tokens))
+    put(lake, *group("last", prompt_id="p", completion_ids=[0, 1]))
+    mined = mine(lake, MiningConfig())
+    assert (mined.clips, mined.dropped) == (FEW_TWINS // 2, {"duplicate": FEW_TWINS // 2 + 1})
 
 
 def random_rows(draw: random.Random) -> list[Row]:
