@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import date
+from datetime import UTC, date, datetime
 from pathlib import Path
 
 import pyarrow as pa
@@ -22,6 +22,7 @@ from pipeline.sqlfiles import SQL_FOLDER, params_of
 FILES = sorted(path for path in SQL_FOLDER.rglob("*.sql") if path.name != "macros.sql")
 MAY_BE_EMPTY = {"checks"}  # a sound lake has no offending rows
 SCORER_PARAMS = {"rescore": True, "weights_hash": "0123", "tokenizer_hash": "4567", "context": 512}
+UPKEEP_PARAMS = {"named_since": datetime(2020, 1, 1, tzinfo=UTC)}
 REPORT_PARAMS = {"night": date(2026, 3, 2), "model": "small", "num_clips": 20}
 
 
@@ -83,7 +84,7 @@ def reader(sample_lake) -> Iterator[Reader]:
 def params(sample_lake) -> dict[str, object]:
     mining = MiningConfig(clips_per_group=2, max_policy_lag=7).model_dump()
     ids = {"run_id": sample_lake.run_id, "mining_id": sample_lake.mining_id}
-    return {**mining, **WHOLE_LAKE, "few_twins": None, **LIMITS, **SCORER_PARAMS, **REPORT_PARAMS, **ids}
+    return {**mining, **WHOLE_LAKE, "few_twins": None, **LIMITS, **SCORER_PARAMS, **REPORT_PARAMS, **UPKEEP_PARAMS, **ids}
 
 
 @pytest.fixture(params=FILES, ids=lambda path: str(path.relative_to(SQL_FOLDER)))
