@@ -94,10 +94,13 @@ class EngineConfig(Section):
         "full_vocab", description="entropy at temperature 1, or of the tempered distribution"
     )
     entropy_bits: int = Field(
-        10, ge=1, le=23, description="mantissa bits kept of stored entropies; 23 keeps all, 10 is exact to 0.05 %"
+        10,
+        ge=1,
+        le=23,
+        description="mantissa bits of stored entropies; 23 keeps all, 10 err by 0.05 %",
     )
     logprob_bits: int = Field(
-        23, ge=1, le=23, description="mantissa bits kept of stored log-probs; ratios need all, 23"
+        23, ge=1, le=23, description="mantissa bits of stored log-probs; ratios need them all"
     )
     vllm: VllmConfig = Field(default_factory=VllmConfig)
     server: ServerConfig = Field(default_factory=ServerConfig)

@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -150,10 +152,10 @@ def expire_snapshots(lake: Lake, config: MaintainConfig, dry_run: bool = False) 
         kept = {history[0]["snapshot"], history[-1]["snapshot"]}
         kept |= {row["snapshot"] for row in named} | set(_nights(lake, since)) | lake.held_snapshots()
         recent = datetime.now(UTC) - timedelta(hours=config.grace_hours)
-        for row, after in zip(history, history[1:], strict=False):
+        for row, after in pairwise(history):
             if after["created_at"] >= recent:
                 kept.add(row["snapshot"])
-        expired, last_change = [], None
+        last_change = None
         for row in history:
             if row["changed_rollouts"]:
                 last_change = row["snapshot"]

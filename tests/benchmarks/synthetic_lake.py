@@ -99,9 +99,7 @@ def night(number: int, num_groups: int, seed: int = 0) -> pa.Table:
     return pa.table({f.name: _column(columns.get(f.name), f.type, count) for f in schema.ROLLOUTS})
 
 
-def _steps(
-    random: np.random.Generator, begins: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _steps(random: np.random.Generator, begins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Ends of the steps within each completion, and how many each completion has."""
     is_end = random.random(begins[-1], np.float32) < 1 / STEP_TOKENS
     is_end[begins[1:] - 1] = True

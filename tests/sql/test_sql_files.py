@@ -84,7 +84,16 @@ def reader(sample_lake) -> Iterator[Reader]:
 def params(sample_lake) -> dict[str, object]:
     mining = MiningConfig(clips_per_group=2, max_policy_lag=7).model_dump()
     ids = {"run_id": sample_lake.run_id, "mining_id": sample_lake.mining_id}
-    return {**mining, **WHOLE_LAKE, "few_twins": None, **LIMITS, **SCORER_PARAMS, **REPORT_PARAMS, **UPKEEP_PARAMS, **ids}
+    return {
+        **mining,
+        **WHOLE_LAKE,
+        "few_twins": None,
+        **LIMITS,
+        **SCORER_PARAMS,
+        **REPORT_PARAMS,
+        **UPKEEP_PARAMS,
+        **ids,
+    }
 
 
 @pytest.fixture(params=FILES, ids=lambda path: str(path.relative_to(SQL_FOLDER)))
