@@ -101,7 +101,7 @@ def _noted(folder: Path) -> dict[str, list[object]]:
 
 
 def _note(folder: Path, notes: Mapping[str, list[object]]) -> None:
-    _write(folder, _noted(folder) | notes)
+    _write(folder, {**_noted(folder), **notes})
 
 
 def _write(folder: Path, notes: Mapping[str, list[object]]) -> None:

@@ -1,7 +1,8 @@
 -- The tokens of the clips that can be copies.
 -- grain:   rollout_id
 -- inputs:  twin_clips, rollouts
--- params:  $few_twins (their rollouts, where that is a short list; null: join them all)
+-- params:  $few_twins (their rollouts, where that is a short list; null: join them all), $first_run, $last_run
+--          (between which runs they lie; null: any)
 -- columns:
 --   rollout_id
 --   clip_ids
@@ -9,4 +10,5 @@ select rollouts.rollout_id, rollouts.completion_ids[:twin_clips.clip_tokens] as 
 from rollouts
 join twin_clips using (rollout_id)
 -- a list of constants is compared before any tokens are read, a join's other side is not
-where $few_twins is null or list_contains($few_twins, rollouts.rollout_id)
+where ($few_twins is null or list_contains($few_twins, rollouts.rollout_id))
+    and ($first_run is null or rollouts.run_id between $first_run and $last_run)
