@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -68,9 +67,15 @@ def measure_first(folder: Path) -> dict[str, float]:
 
 
 def best_step(step_ends: list[int], entropies: list[float]) -> float:
-    best, start = -1.0, 0
-    for end in step_ends:
-        best, start = max(best, sum(entropies[start:end]) / (end - start)), end
+    best = -1.0
+    total = num_tokens = step = 0
+    for position, entropy in enumerate(entropies, 1):
+        total += entropy
+        num_tokens += 1
+        if position == step_ends[step]:
+            best = max(best, total / num_tokens)
+            total = num_tokens = 0
+            step += 1
     return best
 
 
@@ -138,6 +143,12 @@ def slice_of(folder: Path, num_tokens: int) -> tuple[Lake, list[Path]]:
     return lake, sorted((lake.files / "main" / "rollouts").glob("*.parquet"))
 
 
+def peak_mebibytes() -> float:
+    """Of this program: getrusage would count what its parent held when it was started."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+
+
 def child(options: argparse.Namespace) -> None:
     folder: Path = options.folder
     if options.child in ("first", "again", "news"):
@@ -153,7 +164,7 @@ def child(options: argparse.Namespace) -> None:
             write_release_layout(files, release)
         sides = {"loop": lambda _: loop(files), "json + .npy": lambda _: release_layout(release)}
         found = timed(sides[options.child], 1)
-    found["mebibytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    found["mebibytes"] = peak_mebibytes()
     print(json.dumps(found))
 
 
