@@ -19,7 +19,7 @@ BUSY_TIMEOUT_MS = 30_000
 RETRIES = 8
 EXTENSIONS = ("ducklake", "sqlite")
 
-SETTINGS = {
+SETTINGS: dict[str, str | bool | int | float | list[str]] = {
     "autoinstall_known_extensions": False,
     # The kernel keeps what was read of files; a second copy in here would outlive a file's damage.
     "enable_external_file_cache": False,
