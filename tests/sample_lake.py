@@ -145,5 +145,6 @@ def sample_lake(folder: Path) -> SampleLake:
     with lake.reader() as reader:
         best = reader.rows("select clip_id from echo_clips order by clip_rank limit 1")[0]["clip_id"]
     use = {"training_id": "training-1", "clip_id": best, "optim_step": 0, "clip_loss": 0.5}
+    use["created_at"] = datetime(2026, 3, 2, tzinfo=UTC)
     lake.commit({"clip_uses": pa.Table.from_pylist([use], CLIP_USES)})
     return SampleLake(lake, "run-2", mining.mining_id, builder.tokenizer)
