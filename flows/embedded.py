@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import socket
 import subprocess
@@ -14,9 +15,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+from pydantic import BaseModel
 
 from flows.progress import console
-from pipeline.config import NightlyConfig
+from pipeline.config import MaintainConfig, NightlyConfig
 from pipeline.errors import BusyError, ConfigError
 
 SERVER_START_SECONDS = 120
@@ -52,6 +54,16 @@ def serve_nightly(config: NightlyConfig, lake: Path, cron: str) -> None:
         ConfigError: `cron` is no cron expression.
         BusyError: the server's port is taken by something else.
     """
+    _serve("nightly", config, lake, cron)
+
+
+def serve_maintain(config: MaintainConfig, lake: Path, cron: str) -> None:
+    """Keeps the lake's upkeep scheduled, like `serve_nightly`."""
+    _serve("maintain", config, lake, cron)
+
+
+def _serve(name: str, config: BaseModel, lake: Path, cron: str) -> None:
+    """Schedules the flow `name` of the module `flows.<name>`."""
     _prepare(quiet=False)
     url = os.environ.setdefault("PREFECT_API_URL", DEFAULT_API_URL)
     from prefect.client.schemas.schedules import CronSchedule
@@ -65,11 +77,10 @@ def serve_nightly(config: NightlyConfig, lake: Path, cron: str) -> None:
     with _server(url):
         from prefect.types.entrypoint import EntrypointType
 
-        from flows.nightly import nightly
-
-        console.print(f'Serving the flow `nightly` at {url}, next by cron "{cron}" (UTC). Stop with Ctrl-C.')
-        nightly.serve(
-            name="nightly",
+        flow = getattr(importlib.import_module(f"flows.{name}"), name)
+        console.print(f'Serving the flow `{name}` at {url}, next by cron "{cron}" (UTC). Stop with Ctrl-C.')
+        flow.serve(
+            name=name,
             entrypoint_type=EntrypointType.MODULE_PATH,  # found wherever the command was started
             cron=cron,
             limit=1,

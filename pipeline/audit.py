@@ -17,7 +17,7 @@ from pipeline.formats.source_rows import Format
 from pipeline.importing import check_dumps, import_rollouts, with_formats
 from pipeline.lake import Lake
 from pipeline.lake_reader import Reader
-from pipeline.mine import mine
+from pipeline.mine import WHOLE_LAKE, mine
 from pipeline.sqlfiles import sql_file
 
 ZERO_ADVANTAGE = ("all_success", "all_fail", "all_equal")
@@ -145,7 +145,7 @@ def _classify(reader: Reader, config: MiningConfig) -> None:
     # In this session the dump's rollouts stand where the lake's would: the rule of classes reads them.
     reader.materialize("rollouts", "select * from dump_rollouts", {})
     reader.materialize_rows("touched_groups", reader.touched_groups(reader.snapshot))
-    params = config.model_dump() | {"run_id": None, "incremental": False}
+    params = config.model_dump() | WHOLE_LAKE
     reader.materialize("group_classes", sql_file("mining/group_classes"), params)
 
 

@@ -33,6 +33,12 @@ _PASSING = re.compile(
     re.IGNORECASE,
 )
 
+SETTINGS: dict[str, str | bool | int | float | list[str]] = {
+    "autoinstall_known_extensions": False,
+    # The kernel keeps what was read of files; a second copy in here would outlive a file's damage.
+    "enable_external_file_cache": False,
+}
+
 Result = TypeVar("Result")
 
 # Loading the extensions takes longer than most queries, so finished sessions leave their instance here.
@@ -168,7 +174,7 @@ def session() -> Iterator[duckdb.DuckDBPyConnection]:
 
 
 def _instance() -> duckdb.DuckDBPyConnection:
-    instance = duckdb.connect(config={"autoinstall_known_extensions": False})
+    instance = duckdb.connect(config=SETTINGS)
     for extension in EXTENSIONS:
         load_extension(instance, extension)
     return instance

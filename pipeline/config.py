@@ -93,6 +93,15 @@ class EngineConfig(Section):
     entropy_kind: Literal["full_vocab", "full_vocab_tempered"] = Field(
         "full_vocab", description="entropy at temperature 1, or of the tempered distribution"
     )
+    entropy_bits: int = Field(
+        10,
+        ge=1,
+        le=23,
+        description="mantissa bits of stored entropies; 23 keeps all, 10 err by 0.05 %",
+    )
+    logprob_bits: int = Field(
+        23, ge=1, le=23, description="mantissa bits of stored log-probs; ratios need them all"
+    )
     vllm: VllmConfig = Field(default_factory=VllmConfig)
     server: ServerConfig = Field(default_factory=ServerConfig)
 
@@ -158,6 +167,16 @@ class TrainConfig(Section):
     seed: int = Field(0, ge=0, description="order of prompts and clips, and on-policy noise")
 
 
+class MaintainConfig(Section):
+    retention_days: int = Field(
+        90, ge=0, description="snapshots that a mining or training of so many days names are kept"
+    )
+    merge_below_mib: int = Field(64, ge=1, description="data files smaller than this are merged")
+    grace_hours: float = Field(
+        24.0, ge=0, description="what merging or expiring replaced stays so long for whoever reads it"
+    )
+
+
 class NightlyConfig(Section):
     model: str = Field("arith", description="arith, smollm2, or a Hugging Face model folder")
     prompts: str = Field(
@@ -175,6 +194,7 @@ class NightlyConfig(Section):
     mining: MiningConfig = Field(default_factory=MiningConfig)
     export: ExportConfig = Field(default_factory=ExportConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
+    maintain: MaintainConfig = Field(default_factory=MaintainConfig)
 
 
 ConfigT = TypeVar("ConfigT", bound=Section)

@@ -96,7 +96,7 @@ def examine_lake(folder: Path) -> Iterator[Finding]:
             return
         lake = Lake.open(folder)
         with lake.reader() as reader:
-            damaged = reader.damaged_files()
+            damaged = reader.verification(everything=True).damaged()
             for file in damaged:
                 yield Finding(f"file {file.path}", False, f"{file.problem}. Restore it from a backup.")
             if damaged:  # what else there is to ask would be answered from them

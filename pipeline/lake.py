@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -26,13 +26,16 @@ from pipeline import schema
 from pipeline.catalog import Catalog, SqliteCatalog, retried, session
 from pipeline.catalog_postgres import MARKER, PostgresCatalog, postgres_url, write_marker
 from pipeline.errors import LakeError, said
-from pipeline.lake_reader import Reader
+from pipeline.holds import held, hold
+from pipeline.lake_reader import SPANNING_GROUP, Reader
 from pipeline.parquet import write_data_file
+from pipeline.verified import note_written
 
 # Fewer rows are kept in the catalog itself (DuckLake's data inlining) instead of a tiny file each.
 INLINED_ROWS = 1000
 # What a mining reads or writes is in data files however small: their hashes and snapshots name the mining.
 ALWAYS_FILES = ("rollouts", "echo_clips", "verdicts")
+MERGED_FILE = "ducklake-"  # how the names of files begin that hold what other files held before
 _DAMAGE = re.compile(r"magic bytes|corrupt|malformed|ZSTD|TProtocol|parquet metadata", re.IGNORECASE)
 
 Result = TypeVar("Result")
@@ -144,8 +147,9 @@ class Lake:
         Raises:
             LakeError: no such snapshot, or the catalog cannot be read.
         """
+        holding = nullcontext() if snapshot is None else hold(self.folder, snapshot)
         try:
-            with session() as connection:
+            with holding, session() as connection:
                 yield self._pinned(connection, snapshot)
         except duckdb.Error as error:
             # A damaged file has no exception of its own; what a wrong query raises stays as it is.
@@ -196,6 +200,8 @@ class Lake:
             connection.execute("begin")
             for name, rows in fresh.items():
                 self._add(connection, name, rows, written)
+            if "rollouts" in fresh:
+                _note_spanning_groups(connection, fresh["rollouts"])
             return {name: rows.num_rows for name, rows in fresh.items()}
 
         return self.changed(change)
@@ -312,30 +318,40 @@ class Lake:
             "created_at": datetime.now(UTC),
         }
         _insert(connection, "files", pa.Table.from_pylist([record], schema.FILES))
+        note_written(self.folder, {record["path"]: sha256})
 
-    def delete_orphans(self, older_than: timedelta = timedelta(hours=1)) -> int:
+    @contextmanager
+    def maintained(self) -> Iterator[duckdb.DuckDBPyConnection]:
+        """A session for upkeep, while no other writer of this machine writes."""
+        try:
+            with self._lock, session() as connection:
+                retried(partial(self.catalog.attach, connection))
+                yield connection
+        except (OSError, duckdb.Error) as error:
+            raise LakeError(
+                f"Cannot tidy the lake in {self.folder}: {said(error)}. Mend that and run the command again."
+            ) from error
+
+    def held_snapshots(self) -> set[int]:
+        """Those that sessions read at this moment because someone asked for them by number."""
+        return held(self.folder)
+
+    def delete_orphans(self, older_than: timedelta = timedelta(hours=1), dry_run: bool = False) -> int:
         """Deletes data files that no snapshot names: a writer was killed between file and commit.
 
         Returns:
             how many there were. Younger files stay: their commit may be under way.
         """
         oldest = datetime.now(UTC) - older_than
-        try:
-            with self._lock, session() as connection:
-                self.catalog.attach(connection)
-                deleted = connection.execute(
-                    "call ducklake_delete_orphaned_files('lake', older_than => ?)",
-                    [oldest],
-                ).fetchall()
-                unfinished = [
-                    p for p in self.files.rglob(".*.partial") if p.stat().st_mtime < oldest.timestamp()
-                ]
+        with self.maintained() as connection:
+            deleted = connection.execute(
+                "call ducklake_delete_orphaned_files('lake', older_than => ?, dry_run => ?)",
+                [oldest, dry_run],
+            ).fetchall()
+            unfinished = [p for p in self.files.rglob(".*.partial") if p.stat().st_mtime < oldest.timestamp()]
+            if not dry_run:
                 _remove(unfinished)
-            return len(deleted) + len(unfinished)
-        except (OSError, duckdb.Error) as error:
-            raise LakeError(
-                f"Cannot tidy the lake in {self.folder}: {said(error)}. Mend that and run the command again."
-            ) from error
+        return len(deleted) + len(unfinished)
 
     def end_older_snapshots(self) -> None:
         """From here on only the newest snapshot is known, and the files that only older ones named are gone.
@@ -398,15 +414,42 @@ def _new_rows(connection: duckdb.DuckDBPyConnection, name: str, rows: pa.Table) 
     )
     connection.register("incoming", numbered)
     same = " and ".join(f'held."{key}" is not distinct from incoming."{key}"' for key in schema.KEYS[name])
+    # A key column of one value, such as a mining's name, spares the files that cannot hold it.
+    shared = {key: values[0] for key in schema.KEYS[name] if len(values := rows[key].unique()) == 1}
+    shared = {key: value.as_py() for key, value in shared.items() if value.is_valid}
+    here = "".join(f' and held."{key}" = ${key}' for key in shared)
     fresh = connection.execute(
         f"""
         select min(nth_incoming) as nth_incoming from incoming
-        where not exists (select 1 from "{name}" as held where {same})
+        where not exists (select 1 from "{name}" as held where {same}{here})
         group by {keys} order by 1
-        """
+        """,
+        shared,
     ).to_arrow_table()
     connection.unregister("incoming")
     return rows.take(fresh["nth_incoming"])
+
+
+def _note_spanning_groups(connection: duckdb.DuckDBPyConnection, rows: pa.Table) -> None:
+    """Names in `meta` the runs of each group of `rows` that lies in several, where that is news."""
+    connection.register("incoming", rows.select(["group_id", "run_id"]))
+    connection.execute(
+        """
+        insert into meta
+        with
+        places as (
+            select distinct group_id, run_id from rollouts
+            where group_id in (select incoming.group_id from incoming)
+        )
+        select $spanning || group_id as key, run_id as value
+        from places
+        qualify count(*) over (partition by group_id) > 1
+        except
+        select key, value from meta
+        """,
+        {"spanning": SPANNING_GROUP},
+    )
+    connection.unregister("incoming")
 
 
 def _insert(connection: duckdb.DuckDBPyConnection, name: str, rows: pa.Table) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from tempfile import gettempdir
 from typing import TYPE_CHECKING, Any
@@ -15,10 +14,10 @@ import pyarrow as pa
 from pipeline import schema
 from pipeline.catalog import quoted
 from pipeline.errors import QueryError, said
-from pipeline.hashing import file_sha256
 from pipeline.interrupts import stoppable
 from pipeline.query import Limits, Selection, reading_only
 from pipeline.sqlfiles import macros, params_of, views
+from pipeline.verified import Verification
 
 if TYPE_CHECKING:
     from pipeline.lake import Lake
@@ -26,10 +25,40 @@ if TYPE_CHECKING:
 NO_LIMITS = Limits()
 
 
-@dataclass(frozen=True)
-class DamagedFile:
-    path: str
-    problem: str
+# `meta` names the runs of each group that lies in several, under this and the group's id.
+SPANNING_GROUP = "a run of group "
+
+_NEWS = """
+    select group_id, run_id
+    from ducklake_table_insertions('lake', 'main', 'rollouts', $first, $last)
+    where snapshot_id > $since
+"""
+
+
+_HISTORY = """
+    select
+        history.snapshot_id as snapshot,
+        history.snapshot_time as created_at,
+        coalesce(bool_or(
+            list_contains(history.changes['tables_inserted_into'], tables.table_id::varchar)
+            or list_contains(history.changes['tables_deleted_from'], tables.table_id::varchar)
+        ), false) as changed_rollouts
+    from ducklake_snapshots('lake') as history, __ducklake_metadata_lake.ducklake_table as tables
+    where tables.table_name in ('rollouts', 'verdicts')
+    group by all
+"""
+
+_DATA_FILES = """
+    select
+        data.data_file_id,
+        tables.table_name,
+        'files/main/' || tables.table_name || '/' || parse_filename(data.path) as path,
+        data.record_count as num_rows
+    from __ducklake_metadata_lake.ducklake_data_file as data
+    join __ducklake_metadata_lake.ducklake_table as tables using (table_id)
+    where data.begin_snapshot <= $snapshot
+        and (data.end_snapshot is null or data.end_snapshot > $snapshot)
+"""
 
 
 class Reader:
@@ -78,48 +107,107 @@ class Reader:
         self.connection.unregister("incoming")
 
     def data_snapshot(self) -> int:
-        """The snapshot of the last change to `rollouts` or `verdicts`: what a mining here really mines."""
-        return int(
-            self.rows(
-                """
-                select coalesce(max(data.begin_snapshot), 0) as snapshot
-                from __ducklake_metadata_lake.ducklake_data_file as data
-                join __ducklake_metadata_lake.ducklake_table as tables using (table_id)
-                where tables.table_name in ('rollouts', 'verdicts') and data.begin_snapshot <= $snapshot
-                """,
-                {"snapshot": self.snapshot},
-            )[0]["snapshot"]
-        )
+        """The snapshot of the last change to rollouts or their verdicts: what a mining here really mines.
+
+        Files do not tell: one that was merged from the files of many commits holds them all.
+        """
+        sql = f"select max(snapshot) as n from ({_HISTORY}) where changed_rollouts and snapshot <= $snapshot"
+        return self.rows(sql, {"snapshot": self.snapshot})[0]["n"] or 0
 
     def touched_groups(self, since_snapshot: int) -> pa.Table:
         """[group_id] of the groups that got rollouts after `since_snapshot`."""
         if since_snapshot >= self.snapshot:
             return pa.table({"group_id": pa.array([], pa.string())})
-        return self.table(
-            "select distinct group_id from ducklake_table_insertions('lake', 'main', 'rollouts', $a, $b)",
-            {"a": since_snapshot + 1, "b": self.snapshot},
-        )
+        return self.table(f"select distinct group_id from ({_NEWS})", self._news_params(since_snapshot))
 
-    def damaged_files(self, since_snapshot: int = -1) -> list[DamagedFile]:
-        """Data files added after `since_snapshot` that are missing or not as they were written."""
-        damaged = []
-        for row in self.rows(
-            """
-            select files.path, files.sha256
-            from files
-            join __ducklake_metadata_lake.ducklake_data_file as data
-                on ends_with(files.path, parse_filename(data.path))
-            where data.begin_snapshot > $since and data.end_snapshot is null
-            order by files.path
+    def touched_runs(self, since_snapshot: int) -> tuple[str, str] | None:
+        """The first and last run, by name, of all rollouts of the groups touched after `since_snapshot`.
+
+        A night's run has only files of its own, so this spares a mining the others. None: any run.
+        """
+        if since_snapshot >= self.snapshot:
+            return None
+        bounds = self.rows(
+            f"""
+            with
+            news as (select distinct group_id, run_id from ({_NEWS})),
+            runs as (
+                select run_id from news
+                union all
+                select meta.value from meta join news on meta.key = $spanning || news.group_id
+            )
+            select min(run_id) as first, max(run_id) as last, bool_or(run_id is null) as unknown from runs
             """,
+            self._news_params(since_snapshot) | {"spanning": SPANNING_GROUP},
+        )[0]
+        return None if bounds["unknown"] or bounds["first"] is None else (bounds["first"], bounds["last"])
+
+    def _news_params(self, since_snapshot: int) -> dict[str, int]:
+        # Changes are asked for from a snapshot on that is there; the one after may have expired.
+        first = self.rows(
+            "select max(snapshot_id) as n from ducklake_snapshots('lake') where snapshot_id <= $since + 1",
             {"since": since_snapshot},
-        ):
-            path = self.lake.folder / row["path"]
-            if not path.is_file():
-                damaged.append(DamagedFile(row["path"], "is missing"))
-            elif file_sha256(path) != row["sha256"]:
-                damaged.append(DamagedFile(row["path"], "is not as it was written (its SHA-256 differs)"))
-        return damaged
+        )[0]["n"]
+        return {"first": first, "last": self.snapshot, "since": since_snapshot}
+
+    def data_files(self, runs: tuple[str, str] | None = None) -> set[str]:
+        """The snapshot's data files, as paths relative to the lake's folder.
+
+        Args:
+            runs: only files of `rollouts` that may hold rows of the runs from the first to the last of these.
+        """
+        rows = self.rows(
+            f"""
+            select path from ({_DATA_FILES})
+            left join (
+                select stats.data_file_id, stats.min_value, stats.max_value
+                from __ducklake_metadata_lake.ducklake_file_column_stats as stats
+                join __ducklake_metadata_lake.ducklake_column as columns using (table_id, column_id)
+                where columns.column_name = 'run_id'
+            ) as runs using (data_file_id)
+            where $first is null
+                or (table_name = 'rollouts' and coalesce(max_value >= $first and min_value <= $last, true))
+            """,
+            {"snapshot": self.snapshot, "first": runs and runs[0], "last": runs and runs[1]},
+        )
+        return {row["path"] for row in rows}
+
+    def unrecorded_files(self) -> list[tuple[str, str, int]]:
+        """Path, table and number of rows of the data files without a SHA-256 in `files`."""
+        rows = self.rows(
+            f"select path, table_name, num_rows from ({_DATA_FILES}) "
+            "where path not in (select files.path from files) order by path",
+            {"snapshot": self.snapshot},
+        )
+        return [(row["path"], row["table_name"], row["num_rows"]) for row in rows]
+
+    def recorded_hashes(self) -> dict[str, str]:
+        """SHA-256 by path, relative to the lake's folder, of all data files that this snapshot knows of."""
+        return {row["path"]: row["sha256"] for row in self.rows("select path, sha256 from files")}
+
+    def verification(
+        self,
+        runs: tuple[str, str] | None = None,
+        everything: bool = False,
+        only: Collection[str] | None = None,
+        newest: Reader | None = None,
+    ) -> Verification:
+        """Starts to look whether data files are as they were written.
+
+        Args:
+            runs: only files that may hold rollouts of the runs from the first to the last of these.
+            everything: also files that are noted as unchanged.
+            only: only these files.
+            newest: knows the hashes of files that were merged after this session's snapshot.
+        """
+        hashes = (newest or self).recorded_hashes()
+        files = self.data_files(runs) if only is None else set(only)
+        known = {path: hashes[path] for path in files if path in hashes}
+        return Verification(self.lake.folder, known, everything)
+
+    def history(self) -> list[dict[str, Any]]:
+        """Every snapshot in order: `snapshot`, `created_at`, `changed_rollouts` (or their verdicts)."""
+        return self.rows(f"{_HISTORY} order by snapshot")
 
     def select(self, sql: str, limits: Limits = NO_LIMITS) -> Selection:
         """Runs a user's query: reading only, nothing beyond this lake's folder.

@@ -16,11 +16,23 @@ from pipeline import schema
 from pipeline.config import MiningConfig
 from pipeline.errors import LakeError, MiningError
 from pipeline.hashing import content_id
-from pipeline.lake import Lake
+from pipeline.lake import MERGED_FILE, Lake
 from pipeline.lake_reader import Reader
 from pipeline.sqlfiles import macros, sql_file
+from pipeline.verified import Verification
 
-STAGES = ("group_classes", "successes", "best_steps", "group_clips", "clip_decisions")
+STAGES = (
+    "group_classes",
+    "successes",
+    "best_steps",
+    "group_clips",
+    "twin_clips",
+    "twin_contents",
+    "clip_decisions",
+)
+# What stages are bound to where every group of the lake is asked for.
+WHOLE_LAKE = {"run_id": None, "incremental": False, "first_run": None, "last_run": None}
+FEW_TWINS = 256  # more are found faster by a join, although it reads everybody's tokens
 
 
 @dataclass(frozen=True)
@@ -67,16 +79,25 @@ def mine(
         data_snapshot = reader.data_snapshot()
         sql_hash = content_id(*macros(), *(sql_file(f"mining/{stage}") for stage in STAGES))
         settings = config.model_dump(mode="json") | {"since_snapshot": since_snapshot, "run_id": run_id}
-        # The files' content, so that minings of two lakes never share a name.
-        files = reader.rows("select sha256 from files where table_name = 'rollouts' order by all")
+        # The files' content, so that minings of two lakes never share a name; as they were committed, so
+        # that merging them makes no other mining of it.
+        files = reader.rows(
+            "select sha256 from files where table_name in ('rollouts', 'verdicts') "
+            "and not starts_with(parse_filename(path), $merged) order by all",
+            {"merged": MERGED_FILE},
+        )
         mining_id = content_id(data_snapshot, [file["sha256"] for file in files], settings, sql_hash)
         known = _recorded(newest, mining_id)
         if known is not None:
             lake.touch_mining(mining_id)
             return known
         _refuse_unknown_scope(reader, since_snapshot, run_id)
-        _refuse_damage(lake, reader, newest)
-        groups, dropped, clips = decide(reader, config, since_snapshot, run_id)
+        runs = None if since_snapshot is None else reader.touched_runs(since_snapshot)
+        verification = reader.verification(runs, newest=newest)
+        try:
+            groups, dropped, clips = decide(reader, config, since_snapshot, run_id, runs)
+        finally:
+            _refuse_damage(lake, verification)  # which says more than what a query makes of a damaged file
 
     mining = Mining(mining_id, data_snapshot, groups, clips.num_rows, dropped)
     record = {
@@ -103,20 +124,36 @@ def mine(
 
 
 def decide(
-    reader: Reader, config: MiningConfig, since_snapshot: int | None, run_id: str | None
+    reader: Reader,
+    config: MiningConfig,
+    since_snapshot: int | None,
+    run_id: str | None,
+    runs: tuple[str, str] | None = None,
 ) -> tuple[dict[str, int], dict[str, int], pa.Table]:
     """Runs the stages one after the other; writes nothing. The arguments are those of `mine`.
+
+    Args:
+        runs: the first and last run that rollouts of touched groups are of; None: any.
 
     Returns:
         groups by class, drops by reason, and the kept clips in rank order.
     """
-    params = config.model_dump() | {"run_id": run_id, "incremental": since_snapshot is not None}
+    first_run, last_run = runs or (None, None)
+    params = config.model_dump() | {
+        "run_id": run_id,
+        "incremental": since_snapshot is not None,
+        "first_run": first_run,
+        "last_run": last_run,
+    }
     since = reader.snapshot if since_snapshot is None else since_snapshot  # none is touched after the last
     reader.materialize_rows("touched_groups", reader.touched_groups(since))
     for stage in STAGES:
         reader.materialize(stage, sql_file(f"mining/{stage}"), params)
         if stage == "successes":
             _refuse_mixed_entropies(reader)
+        if stage == "twin_clips":
+            twins = [row["rollout_id"] for row in reader.rows("select rollout_id from twin_clips")]
+            params["few_twins"] = twins if len(twins) <= FEW_TWINS else None
     groups = _counts(reader, "select group_class as name, count(*) as n from group_classes group by all")
     dropped = _counts(
         reader,
@@ -214,10 +251,8 @@ def _recorded(newest: Reader, mining_id: str) -> Mining | None:
     return Mining(mining_id, row["snapshot"], dict(row["groups"]), row["num_clips"], dict(row["dropped"]))
 
 
-def _refuse_damage(lake: Lake, reader: Reader, newest: Reader) -> None:
-    """Files that no earlier mining met are read once more and compared with their recorded hash."""
-    seen = newest.rows("select coalesce(max(snapshot), -1) as snapshot from mining_runs")[0]["snapshot"]
-    damaged = reader.damaged_files(since_snapshot=seen)
+def _refuse_damage(lake: Lake, verification: Verification) -> None:
+    damaged = verification.damaged()
     if damaged:
         raise LakeError(
             f"{damaged[0].path} in {lake.folder} {damaged[0].problem} ({len(damaged)} such files). "

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 from pipeline.errors import LakeError
 from pipeline.hashing import file_sha256
 
-ROW_GROUP_ROWS = 8192
+# So few that asking for a few rollouts by name reads little of the others; sizes grow by less than 1 %.
+ROW_GROUP_ROWS = 2048
 
 
 def write_data_file(table: pa.Table, path: Path) -> str:
@@ -42,6 +43,8 @@ def write_data_file(table: pa.Table, path: Path) -> str:
             write_page_checksum=True,
         )
         sha256 = file_sha256(partial)
+        with partial.open("rb") as file:  # on the disk before a catalog names it
+            os.fsync(file.fileno())
         os.replace(partial, path)
         return sha256
     except OSError as error:

@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from pipeline import schema
 from pipeline.config import SamplingConfig
 from pipeline.flat_lists import Lists
 from pipeline.hashing import rollout_id
+from pipeline.precision import FLOAT32_BITS, rounded
 from pipeline.records import Group, Judgement, Policy, Prompt, Run, group_id
 from pipeline.steps import SPLITTER, StepSpanError, mean_step_entropies
 from pipeline.tokenization import completion_step_ends, completion_text
@@ -34,6 +36,8 @@ class Sampled:
     entropy_kind: str
     verifier: str
     verifier_version: str
+    entropy_bits: int = FLOAT32_BITS
+    logprob_bits: int = FLOAT32_BITS
 
 
 @dataclass(frozen=True)
@@ -79,9 +83,9 @@ def rollout_rows(
                 "prompt_ids": group.prompt_ids,
                 "completion_ids": sample.completion_ids,
                 "completion": completion_text(tokenizer, sample.completion_ids.tolist()),
-                "completion_logprobs": sample.logprobs,
+                "completion_logprobs": _rounded(sample.logprobs, sampled.logprob_bits),
                 "logprobs_kind": None if sample.logprobs is None else sampled.logprobs_kind,
-                "completion_entropies": sample.entropies,
+                "completion_entropies": _rounded(sample.entropies, sampled.entropy_bits),
                 "entropy_kind": None if sample.entropies is None else sampled.entropy_kind,
                 "finish_reason": sample.finish_reason,
                 "reward": judgement.reward,
@@ -97,6 +101,10 @@ def rollout_rows(
             else:
                 rows.append(row)
     return rows, refused
+
+
+def _rounded(nats: NDArray[np.float32] | None, mantissa_bits: int) -> NDArray[np.float32] | None:
+    return None if nats is None else rounded(nats, mantissa_bits)
 
 
 def checked(

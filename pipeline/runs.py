@@ -146,6 +146,8 @@ def commit(run: NightRun, path: Path) -> Ingested:
         noted["entropy_kind"],
         run.config.verify.verifier,
         noted["verifier_version"],
+        run.config.engine.entropy_bits,
+        run.config.engine.logprob_bits,
     )
     rows, refused = rollout_rows(sampled, groups, judgements, load_tokenizer(run.model_folder))
     done = ingest(run.lake(), rows, [run.run_id] * len(rows), [group.prompt for group in groups], refused)

@@ -219,7 +219,8 @@ def sample_lake(folder: Path) -> SampleLake:
         ("training-2", newest[prompt_id("What is 7+7?")], 0, 0.5),
     ]
     names = ("training_id", "clip_id", "optim_step", "clip_loss")
-    rows = [dict(zip(names, use, strict=True)) for use in uses]
+    used = {"created_at": datetime(2026, 3, 2, tzinfo=UTC)}
+    rows = [dict(zip(names, use, strict=True)) | used for use in uses]
     lake.commit({"clip_uses": pa.Table.from_pylist(rows, CLIP_USES)})
     return SampleLake(lake, "run-2", mining.mining_id, builder.tokenizer)
 

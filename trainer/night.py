@@ -93,6 +93,8 @@ def train_on_shards(
                 engine.entropy_kind,
                 pool.name,
                 pool.version,
+                engine_config.entropy_bits,
+                engine_config.logprob_bits,
             )
             rows, refused = rollout_rows(sampled, groups, judgements, tokenizer)
             ingest(lake, rows, [training_id] * len(rows), [group.prompt for group in groups], refused)

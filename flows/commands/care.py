@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from flows.commands.group import EXAMPLE, echomine
 from flows.commands.output import print_counts, print_json
-from flows.options import common_options, json_option
-from pipeline.config import load_config
-from pipeline.errors import EchoMineError
+from flows.options import common_options, json_option, section_options
+from pipeline.config import MaintainConfig, load_config
+from pipeline.errors import ConfigError, EchoMineError
 
 
 @echomine.command(
@@ -40,17 +41,42 @@ def init(lake: Path, config: Path | None, as_json: bool, catalog: str) -> None:
 
 
 @echomine.command(
-    short_help="Delete what crashed writers left behind.",
-    epilog=EXAMPLE + "echomine maintain",
+    short_help="Merge small files, expire snapshots, delete orphans.",
+    epilog=EXAMPLE + "echomine maintain --dry-run",
 )
 @common_options
 @json_option
-def maintain(lake: Path, config: Path | None, as_json: bool) -> None:
-    """Delete files that crashed writers left behind over an hour ago and that no snapshot names."""
-    load_config(config)
-    from pipeline.lake import Lake
+@section_options(MaintainConfig)
+@click.option("--dry-run", is_flag=True, help="say what would be done, and do nothing")
+@click.option("--serve", is_flag=True, help="keep running and do this whenever --cron says")
+@click.option("--cron", default="0 5 * * *", show_default=True, help="when it is done, in UTC")
+def maintain(
+    lake: Path,
+    config: Path | None,
+    as_json: bool,
+    dry_run: bool,
+    serve: bool,
+    cron: str,
+    **options: Any,
+) -> None:
+    """Merge small data files, expire snapshots that nobody names, delete files that no snapshot names.
 
-    print_counts(as_json, {"orphaned_files_deleted": Lake.open(lake).delete_orphans()})
+    Others may read and write meanwhile. What merging and expiring replaced is deleted after its grace, by a
+    later `maintain`.
+    """
+    settings = load_config(config, {"maintain": options}).maintain
+    from pipeline.lake import Lake
+    from pipeline.maintenance import maintain as maintain_lake
+
+    opened = Lake.open(lake)
+    if serve:
+        if dry_run:
+            raise ConfigError("--serve does what --dry-run would only say. Leave one of them out.")
+        from flows.embedded import serve_maintain
+
+        serve_maintain(settings, opened.folder, cron)
+        return
+    print_counts(as_json, maintain_lake(opened, settings, dry_run).as_dict())
 
 
 @echomine.command(

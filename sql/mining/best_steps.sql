@@ -9,6 +9,9 @@
 --   model
 --   policy_version   optimizer steps
 --   sample_index
+--   tokenizer_hash
+--   splitter         given where the steps came with the rollout
+--   steps_hash       of the ends of the steps up to this one
 --   step_index       from 0
 --   num_steps        steps of the whole completion
 --   clip_tokens      tokens up to the end of the step
@@ -18,14 +21,18 @@ with
 candidates as (
     select
         *,
-        list_transform(
-            step_entropies,
-            lambda entropy, i: case
-                when step_ends[i] - coalesce(step_ends[i - 1], 0) >= $min_step_tokens
-                    and ($max_clip_tokens is null or step_ends[i] <= $max_clip_tokens)
-                then entropy
-            end
-        ) as candidate_entropies
+        case
+            -- a third of the time where nothing is asked of steps
+            when $min_step_tokens <= 1 and $max_clip_tokens is null then step_entropies
+            else list_transform(
+                step_entropies,
+                lambda entropy, i: case
+                    when step_ends[i] - coalesce(step_ends[i - 1], 0) >= $min_step_tokens
+                        and ($max_clip_tokens is null or step_ends[i] <= $max_clip_tokens)
+                    then entropy
+                end
+            )
+        end as candidate_entropies
     from successes
     where not awaits_scorer
 ),
@@ -46,6 +53,9 @@ select
     model,
     policy_version,
     sample_index,
+    tokenizer_hash,
+    splitter,
+    hash(step_ends[:position]) as steps_hash,
     (position - 1)::integer as step_index,
     len(step_ends)::integer as num_steps,
     step_ends[position] as clip_tokens,

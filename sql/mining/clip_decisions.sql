@@ -1,7 +1,7 @@
 -- Every group's clips in order, each kept or dropped by the first rule that applies:
 -- step_entropy, policy_lag, duplicate, max_clips_per_prompt, max_clips.
 -- grain:   group_id, group_rank
--- inputs:  group_clips, rollouts
+-- inputs:  group_clips, twin_contents, rollouts
 -- params:  $min_step_entropy (nats), $max_policy_lag (optimizer steps; null: no limit),
 --          $policy_version (null: the model's greatest in the snapshot), $max_clips_per_prompt, $max_clips (clips;
 --          null: no limit)
@@ -23,14 +23,16 @@ with
 versions as (
     select model, max(policy_version) as newest_version
     from rollouts
-    where origin in ('policy', 'trainer')
+    -- the whole lake is asked only where the answer counts
+    where $max_policy_lag is not null and $policy_version is null
+        and origin in ('policy', 'trainer')
     group by model
 ),
 
 ordered as (
     select
-        group_clips.*,
-        rollouts.completion_ids[:group_clips.clip_tokens] as clip_ids,
+        group_clips.* exclude (tokenizer_hash, splitter, steps_hash),
+        twin_contents.clip_ids,
         row_number() over (
             order by group_clips.step_entropy desc, group_clips.group_id, group_clips.group_rank
         ) as place,
@@ -40,8 +42,8 @@ ordered as (
                 > $max_policy_lag then 'policy_lag'
         end as refused_by
     from group_clips
-    join rollouts using (rollout_id)
-    join versions on versions.model is not distinct from group_clips.model
+    left join twin_contents using (rollout_id)
+    left join versions on versions.model is not distinct from group_clips.model
 ),
 
 -- Of the clips not refused so far, the first of each content; the others are its duplicates.
@@ -49,7 +51,11 @@ distinct_clips as (
     select *
     from ordered
     where refused_by is null
-    qualify row_number() over (partition by prompt_id, clip_ids order by place) = 1
+    qualify row_number() over (
+        -- a clip without a twin is a content of its own
+        partition by prompt_id, clip_tokens, clip_ids, case when clip_ids is null then rollout_id end
+        order by place
+    ) = 1
 ),
 
 numbered as (

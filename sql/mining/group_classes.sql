@@ -2,8 +2,9 @@
 -- has the reward of its newest verdict.
 -- grain:   group_id
 -- inputs:  rollouts, current_verdicts, touched_groups
--- params:  $incremental (only touched_groups), $run_id (null: all runs), $reward_tolerance, $success_reward,
---          $fail_reward (reward), $min_group_size (rollouts), $allow_partial
+-- params:  $incremental (only touched_groups), $first_run, $last_run (between which runs those lie; null: any),
+--          $run_id (null: all runs), $reward_tolerance, $success_reward, $fail_reward (reward),
+--          $min_group_size (rollouts), $allow_partial
 -- columns:
 --   group_id
 --   group_class    all_success | all_fail | all_equal | mixed | incomplete
@@ -23,6 +24,7 @@ groups as (
     left join current_verdicts using (rollout_id)
     where origin in ('policy', 'trainer')
         and ($run_id is null or run_id = $run_id)
+        and ($first_run is null or run_id between $first_run and $last_run)
         and (not $incremental or group_id in (select touched_groups.group_id from touched_groups))
     group by group_id
 )

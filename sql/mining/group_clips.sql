@@ -10,6 +10,9 @@
 --   model
 --   policy_version   optimizer steps
 --   sample_index
+--   tokenizer_hash
+--   splitter         given where the steps came with the rollout
+--   steps_hash       of the ends of the steps up to the clip's end
 --   step_index       from 0
 --   num_steps        steps
 --   clip_tokens      tokens
@@ -22,6 +25,9 @@ select
     model,
     policy_version,
     sample_index,
+    tokenizer_hash,
+    splitter,
+    steps_hash,
     step_index,
     num_steps,
     clip_tokens,

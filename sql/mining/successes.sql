@@ -2,7 +2,7 @@
 -- grain:   rollout_id
 -- inputs:  rollouts, current_verdicts, group_classes
 -- params:  $scope (zero_advantage | any_success), $success_reward, $reward_tolerance (reward), $allow_truncated,
---          $entropy_kind (null: all)
+--          $entropy_kind (null: all), $first_run, $last_run (between which runs the groups lie; null: any)
 -- columns:
 --   rollout_id
 --   group_id
@@ -10,6 +10,8 @@
 --   model
 --   policy_version   optimizer steps
 --   sample_index
+--   tokenizer_hash
+--   splitter         given where the steps came with the rollout
 --   entropy_kind
 --   awaits_scorer    no entropies yet
 --   step_ends        tokens, exclusive
@@ -21,18 +23,22 @@ select
     rollouts.model,
     rollouts.policy_version,
     rollouts.sample_index,
+    rollouts.tokenizer_hash,
+    coalesce(rollouts.splitter, 'given') as splitter,
     rollouts.entropy_kind,
-    rollouts.completion_entropies is null as awaits_scorer,
+    -- null exactly where the entropies are, in a column a twentieth of their size
+    rollouts.step_entropies is null as awaits_scorer,
     rollouts.step_ends,
     rollouts.step_entropies
 from rollouts
 join group_classes using (group_id)
 left join current_verdicts on current_verdicts.rollout_id = rollouts.rollout_id
 where rollouts.origin in ('policy', 'trainer')
+    and ($first_run is null or rollouts.run_id between $first_run and $last_run)
     and case $scope
         when 'zero_advantage' then group_classes.group_class = 'all_success'
         else group_classes.group_class <> 'incomplete'
     end
     and coalesce(current_verdicts.reward, rollouts.reward) >= $success_reward - $reward_tolerance
     and (rollouts.finish_reason <> 'length' or $allow_truncated)
-    and ($entropy_kind is null or rollouts.entropy_kind = $entropy_kind or rollouts.completion_entropies is null)
+    and ($entropy_kind is null or rollouts.entropy_kind = $entropy_kind or rollouts.step_entropies is null)

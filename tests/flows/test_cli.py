@@ -224,7 +224,7 @@ def test_maintain_deletes_what_no_snapshot_names_and_nothing_else(new_lake, capf
     os.utime(orphans[0], (two_hours_ago, two_hours_ago))
     capfd.readouterr()
     assert main(["maintain", "--json", "--lake", str(new_lake)]) == 0
-    assert json.loads(capfd.readouterr().out) == {"orphaned_files_deleted": 1}
+    assert json.loads(capfd.readouterr().out)["orphaned_files_deleted"] == 1
     assert sorted((new_lake / "files").rglob("*.parquet")) == sorted([*held, orphans[1]])
     with Lake.open(new_lake).reader() as reader:
         assert reader.rows("select count(*) as n from rollouts") == [{"n": 6}]

@@ -51,7 +51,7 @@ def test_a_second_machine_joins_the_lake_that_is_there(
     elsewhere.commit(group("b"))
     assert groups_in(first) == ["a", "b"]
     with elsewhere.reader() as reader:
-        assert reader.damaged_files() == []
+        assert reader.verification(everything=True).damaged() == []
 
 
 def test_a_folder_and_a_database_of_two_lakes_are_not_joined(
@@ -185,7 +185,7 @@ def test_a_writer_whose_server_drops_its_connections_loses_nothing_when_started_
     with lake.reader() as reader:
         sizes = reader.rows("select group_id, count(*) as n from rollouts group by all")
         assert {row["group_id"]: row["n"] for row in sizes} == {f"a-{number}": 2 for number in range(8)}
-        assert reader.damaged_files() == []
+        assert reader.verification(everything=True).damaged() == []
 
 
 def test_text_that_postgresql_cannot_hold_comes_back_as_it_was(

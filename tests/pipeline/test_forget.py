@@ -87,7 +87,7 @@ def test_the_bytes_are_gone_from_every_file_and_the_rest_is_there(builder: LakeB
         assert len(reader.rows("from snapshots")) == 1
         assert reader.rows("from prompts where messages >= 'a' and messages <= 'b'") == []
         assert len(reader.rows("from prompts where messages like '%17+25%'")) == 1
-        assert reader.damaged_files() == []
+        assert reader.verification(everything=True).damaged() == []
         assert [check for check in run_checks(reader) if check.num_offending] == []
     assert forget(lake, find(lake, [SECRET_PROMPT.prompt_id])).rows["rollouts"] == 0, "it may be run again"
 

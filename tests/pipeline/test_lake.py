@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 import signal
@@ -166,7 +168,7 @@ def test_a_lake_may_be_moved_and_its_old_place_forgotten(lake: Lake, tmp_path: P
     assert groups_in(moved) == ["a", "b"]
     assert mine(moved, MiningConfig()).groups == {"all_success": 2}
     with moved.reader() as reader:
-        assert reader.damaged_files() == []
+        assert reader.verification(everything=True).damaged() == []
     assert not lake.folder.exists()
 
 
@@ -190,19 +192,55 @@ def test_mining_refuses_a_damaged_file_and_records_nothing(lake: Lake, damage, p
     with pytest.raises(LakeError, match=rf"{path.name} .*{problem}.*Restore it from a backup"):
         mine(lake, MiningConfig())
     with lake.reader() as reader:
-        (found,) = reader.damaged_files()
+        (found,) = reader.verification(everything=True).damaged()
         assert found.path == str(path.relative_to(lake.folder))
         assert problem in found.problem
         assert reader.rows("select * from mining_runs") == []
 
 
-@pytest.mark.parametrize("damage", [cut_off, Path.unlink])
-def test_a_file_that_was_damaged_after_a_mining_is_an_error_of_one_line(lake: Lake, damage) -> None:
+@pytest.mark.parametrize(
+    ("damage", "problem"), [(flip_a_byte, "SHA-256"), (cut_off, "SHA-256"), (Path.unlink, "is missing")]
+)
+def test_a_file_that_was_damaged_after_a_mining_is_refused_by_the_next(lake: Lake, damage, problem) -> None:
     lake.commit(group("a"))
     mine(lake, MiningConfig())
-    damage(next(path for path in data_files(lake) if "rollouts" in path.parts))
-    with pytest.raises(LakeError, match=r"cannot be read: .*Run `echomine doctor`"):
+    path = next(path for path in data_files(lake) if "rollouts" in path.parts)
+    damage(path)
+    with pytest.raises(LakeError, match=rf"{path.name} .*{problem}.*Restore it from a backup"):
         mine(lake, MiningConfig(clips_per_group=2))
+
+
+@pytest.mark.parametrize("damage", [cut_off, Path.unlink])
+def test_reading_a_damaged_file_is_an_error_of_one_line(lake: Lake, damage) -> None:
+    lake.commit(group("a"))
+    damage(data_files(lake)[0])
+    again = Lake.open(lake.folder)
+    with (
+        pytest.raises(LakeError, match=r"cannot be read: .*Run `echomine doctor`"),
+        again.reader() as reader,
+    ):
+        reader.rows("select completion_entropies from rollouts")
+
+
+def test_a_copied_lake_is_read_again_before_its_clips_are_recorded(lake: Lake, tmp_path: Path) -> None:
+    lake.commit(group("a"))
+    copied = Lake.open(Path(shutil.copytree(lake.folder, tmp_path / "copy")))
+    (path,) = data_files(copied)
+    times = path.stat()
+    flip_a_byte(path)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # as a copy that went wrong keeps them
+    with pytest.raises(LakeError, match=r"SHA-256"):
+        mine(copied, MiningConfig())
+    assert mine(lake, MiningConfig()).clips == 1
+
+
+def test_notes_of_verified_files_that_cannot_be_read_cost_time_only(lake: Lake) -> None:
+    lake.commit(group("a"))
+    (lake.folder / "verified.json").write_text("{half")
+    assert mine(lake, MiningConfig()).clips == 1
+    (path,) = (path for path in data_files(lake) if "rollouts" in path.parts)
+    noted = json.loads((lake.folder / "verified.json").read_text())
+    assert noted[str(path.relative_to(lake.folder))][0] == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_a_full_disk_loses_nothing_and_leaves_nothing(lake: Lake) -> None:
@@ -258,7 +296,7 @@ def test_readers_and_writers_go_on_while_the_lake_is_maintained(lake: Lake) -> N
     expected = {f"before-{n}" for n in range(6)} | {f"during-{n}" for n in range(10)}
     assert set(groups_in(lake)) == expected
     with lake.reader() as reader:
-        assert reader.damaged_files() == []
+        assert reader.verification(everything=True).damaged() == []
         assert reader.rows("select count(*) as n from rollouts") == [{"n": 32}]
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from lake_worker import rollout
 
 from pipeline.config import MiningConfig
-from pipeline.errors import MiningError
+from pipeline.errors import LakeError, MiningError
 from pipeline.ingest import ingest
 from pipeline.lake import Lake
-from pipeline.mine import Mining, mine
+from pipeline.mine import FEW_TWINS, Mining, mine
 
 Row = dict[str, Any]
 
@@ -88,6 +90,66 @@ def test_a_group_with_an_unscored_success_waits(lake: Lake) -> None:
     mined = mine(lake, MiningConfig(scope="any_success"))
     assert mined.dropped == {"unscored": 1}
     assert {clip["group_id"] for clip in clips_of(lake, mined)} == {"b", "c"}
+
+
+def away(lake: Lake, runs: Iterable[str]) -> None:
+    """Moves the data files of `rollouts` out of the lake that hold nothing but rows of these runs."""
+    with lake.reader() as reader:
+        sql = "select run_id, filename from rollouts where run_id in (select unnest($runs)) group by all"
+        found = reader.rows(sql, {"runs": list(runs)})
+    for path in {Path(row["filename"]) for row in found}:
+        path.rename(lake.folder / path.name)
+
+
+def test_mining_the_news_reads_the_files_of_the_new_runs_only(lake: Lake) -> None:
+    for night in "1234":
+        put(
+            lake,
+            *group(f"a{night}", run_id=f"2026-03-0{night}"),
+            *group(f"b{night}", run_id=f"2026-03-0{night}"),
+        )
+    mine(lake, MiningConfig())
+    then = newest(lake)
+    put(lake, *group("new", run_id="2026-03-05"))
+    away(lake, [f"2026-03-0{night}" for night in "1234"])
+    mined = mine(lake, MiningConfig(), since_snapshot=then)
+    assert (mined.groups, mined.clips) == ({"all_success": 1}, 1)
+    with pytest.raises(LakeError, match="is missing"):
+        mine(lake, MiningConfig())
+
+
+def test_a_group_that_a_later_run_completes_is_mined_with_the_rows_of_the_earlier(lake: Lake) -> None:
+    put(lake, rollout("a", 0) | {"run_id": "import-1", "reward": 0.0})
+    put(lake, *group("b", run_id="import-5"))
+    then = newest(lake)
+    put(lake, rollout("a", 1) | {"run_id": "import-9"})
+    assert mine(lake, MiningConfig(), since_snapshot=then).groups == {"mixed": 1}
+    put(lake, rollout("a", 2) | {"run_id": None})
+    assert mine(lake, MiningConfig(allow_partial=True), since_snapshot=then).groups == {"mixed": 1}
+
+
+@pytest.mark.parametrize("splitters", [("newline-1", "newline-1"), ("newline-1", "given"), ("given", None)])
+def test_a_copy_is_a_duplicate_whoever_split_it(lake: Lake, splitters: tuple[str | None, str | None]) -> None:
+    tokens = {"completion_ids": [7, 8, 9, 10], "completion_entropies": [0.1, 0.2, 0.3, 0.9], "prompt_id": "p"}
+    # whoever is given steps may have others of the same tokens; one rule has the same
+    ends = [[2, 4], [2, 4] if splitters[1] == "newline-1" else [1, 4]]
+    for name, splitter, step_ends in zip("ab", splitters, ends, strict=True):
+        put(lake, *group(name, **tokens, splitter=splitter, step_ends=step_ends))
+    put(
+        lake,
+        *group("c", **tokens | {"completion_ids": [7, 8, 9, 11]}, splitter="newline-1", step_ends=[2, 4]),
+    )
+    mined = mine(lake, MiningConfig())
+    assert (mined.clips, mined.dropped) == (2, {"duplicate": 1})
+
+
+def test_more_twins_than_a_list_holds_are_told_apart(lake: Lake) -> None:
+    for number in range(FEW_TWINS):
+        tokens = {"completion_ids": [number // 2, 1], "prompt_id": "p"}
+        put(lake, *group(f"{number:02}", **tokens))
+    put(lake, *group("last", prompt_id="p", completion_ids=[0, 1]))
+    mined = mine(lake, MiningConfig())
+    assert (mined.clips, mined.dropped) == (FEW_TWINS // 2, {"duplicate": FEW_TWINS // 2 + 1})
 
 
 def test_a_run_or_snapshot_that_is_not_there_is_refused_and_leaves_no_mining(sample_lake):

@@ -6,7 +6,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import date
+from datetime import UTC, date, datetime
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,7 +17,7 @@ from pipeline.checks import run_checks
 from pipeline.config import MiningConfig
 from pipeline.lake import Lake
 from pipeline.lake_reader import Reader
-from pipeline.mine import STAGES
+from pipeline.mine import STAGES, WHOLE_LAKE
 from pipeline.report import LIMITS
 from pipeline.report_charts import CLASS_COLOURS
 from pipeline.schema import TABLES
@@ -38,6 +38,7 @@ MAY_BE_EMPTY = {"checks"}  # a sound lake has no offending rows
 VERIFIER_PARAMS = {"prompt_id": None, "stored_verifier": None, "verifier": "math", "verifier_version": "1"}
 SCORER_PARAMS = {"rescore": True, "weights_hash": "0123", "tokenizer_hash": "4567", "context": 512}
 EXPORT_PARAMS = {"max_tokens": None, "first": 0, "last": 100}
+UPKEEP_PARAMS = {"named_since": datetime(2020, 1, 1, tzinfo=UTC)}
 REPORT_PARAMS = {"night": date(2026, 3, 2), "model": "small", "num_clips": 20}
 
 
@@ -103,7 +104,7 @@ def reader(sample_lake, tmp_path_factory) -> Iterator[Reader]:
         reader.materialize("staged_rollouts", staged, {})
         reader.materialize_rows("withdrawn", reader.table("select clip_id from withdrawn_clips limit 1"))
         reader.materialize_rows("excluded_prompts", pa.table({"prompt_id": ["none"], "messages": ["none"]}))
-        every_run = params(sample_lake) | {"run_id": None}
+        every_run = params(sample_lake) | WHOLE_LAKE
         for stage in STAGES:
             reader.materialize(stage, (SQL_FOLDER / f"mining/{stage}.sql").read_text(), every_run)
         reader.materialize(
@@ -120,8 +121,14 @@ def reader(sample_lake, tmp_path_factory) -> Iterator[Reader]:
 
 def params(sample_lake) -> dict[str, object]:
     mining = MiningConfig(clips_per_group=2, max_policy_lag=7).model_dump()
-    ids = {"run_id": sample_lake.run_id, "mining_id": sample_lake.mining_id, "incremental": False}
-    return {**mining, **LIMITS, **SCORER_PARAMS, **EXPORT_PARAMS, **REPORT_PARAMS, **VERIFIER_PARAMS, **ids}
+    ids = {"run_id": sample_lake.run_id, "mining_id": sample_lake.mining_id, "few_twins": None}
+    others = (LIMITS, SCORER_PARAMS, EXPORT_PARAMS, REPORT_PARAMS, UPKEEP_PARAMS, VERIFIER_PARAMS)
+    return {
+        **mining,
+        **WHOLE_LAKE,
+        **{name: value for given in others for name, value in given.items()},
+        **ids,
+    }
 
 
 @pytest.fixture(params=FILES, ids=lambda path: str(path.relative_to(SQL_FOLDER)))

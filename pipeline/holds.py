@@ -1,0 +1,59 @@
+"""Snapshots in use: whoever reads one by its number holds it, so that upkeep does not forget it meanwhile.
+
+A hold is a shared file lock, which the kernel takes back when its process ends, however it ends.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+
+@contextmanager
+def hold(lake: Path, snapshot: int) -> Iterator[None]:
+    """Holds a snapshot of the lake in this folder; on a lake that cannot be written there is no upkeep."""
+    try:
+        file = _locked(lake / "held" / str(snapshot))
+    except OSError:
+        yield
+        return
+    with file:
+        try:
+            yield
+        finally:
+            _remove_unless_held(file)
+
+
+def held(lake: Path) -> set[int]:
+    """The snapshots that are held now; what killed holders left behind is removed."""
+    snapshots = set()
+    for path in (lake / "held").glob("*"):
+        with path.open() as file:
+            if not _remove_unless_held(file):
+                snapshots.add(int(path.name))
+    return snapshots
+
+
+def _locked(path: Path) -> IO[str]:
+    path.parent.mkdir(exist_ok=True)
+    while True:
+        file = path.open("w")
+        fcntl.flock(file, fcntl.LOCK_SH)
+        # removed between opening and locking, by its last holder: nobody would see a hold on that
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+        file.close()
+
+
+def _remove_unless_held(file: IO[str]) -> bool:
+    """Whether no other has a lock on it; then it is gone."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    Path(file.name).unlink(missing_ok=True)
+    return True
