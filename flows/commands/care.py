@@ -15,7 +15,7 @@ from pipeline.errors import ConfigError, EchoMineError
 
 
 @echomine.command(
-    short_help="Make a lake whose catalog is a PostgreSQL database.",
+    short_help="Make a lake for several machines.",
     epilog=EXAMPLE + "echomine init --lake /mnt/lake --catalog postgresql://miner@db.example/echomine",
 )
 @common_options
