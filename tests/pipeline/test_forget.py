@@ -14,6 +14,7 @@ from sample_lake import LakeBuilder, overturned
 from pipeline.checks import run_checks
 from pipeline.config import ExportConfig, MiningConfig
 from pipeline.errors import BusyError, PromptError
+from pipeline.exports.shards import export_shards
 from pipeline.forget import find, forget
 from pipeline.forgotten import Forgotten
 from pipeline.ingest import ingest
@@ -21,7 +22,7 @@ from pipeline.lake import Lake
 from pipeline.mine import mine
 from pipeline.records import Prompt
 from pipeline.rollouts import Refused, rollout_table
-from pipeline.shards import export_shards, load_clips
+from pipeline.shards import load_clips
 
 SECRET, WRITTEN = "zzz Quokka 7141 zzz", "aaa Wombat 9253 aaa"  # the last and the first of their columns
 SECRET_PROMPT = Prompt(({"role": "user", "content": SECRET},), None, "sums")

@@ -11,10 +11,11 @@ from sample_lake import LakeBuilder, SampleLake, overturned
 
 from pipeline.config import ExportConfig, MiningConfig, VerifyConfig
 from pipeline.errors import LakeError, VerifierError
+from pipeline.exports.shards import export_shards
 from pipeline.lake import Lake
 from pipeline.mine import mine
 from pipeline.reverify import Reverified, Scope, reverify
-from pipeline.shards import export_shards, load_clips
+from pipeline.shards import load_clips
 from pipeline.withdrawal import notice_shards, withdrawn_clips
 
 VERIFY = VerifyConfig(timeout_seconds=1.0, workers=1)
