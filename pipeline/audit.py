@@ -143,7 +143,7 @@ def audit(
 def _classify(reader: Reader, config: MiningConfig) -> None:
     reader.materialize("dump_rollouts", sql_file("staging/dump_rollouts"), {})
     # In this session the dump's rollouts stand where the lake's would: the rule of classes reads them.
-    reader.materialize("rollouts", "select * from dump_rollouts", {})
+    reader.materialize("rollouts", "select null::varchar as rollout_id, * from dump_rollouts", {})
     reader.materialize_rows("touched_groups", reader.touched_groups(reader.snapshot))
     params = config.model_dump() | WHOLE_LAKE
     reader.materialize("group_classes", sql_file("mining/group_classes"), params)

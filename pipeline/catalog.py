@@ -43,7 +43,6 @@ Result = TypeVar("Result")
 
 # Loading the extensions takes longer than most queries, so finished sessions leave their instance here.
 _idle: list[duckdb.DuckDBPyConnection] = []
-os.register_at_fork(after_in_child=_idle.clear)  # an instance has threads, which a fork does not copy
 
 
 class Catalog(Protocol):
@@ -146,6 +145,15 @@ def newest_snapshot(connection: duckdb.DuckDBPyConnection, catalog: str, kind: s
     connection.execute("detach newest")
     assert row is not None
     return int(row[0])
+
+
+def _close_idle() -> None:
+    while _idle:
+        _idle.pop().close()
+
+
+# An instance has threads, which a fork does not copy: closed in the child, it would wait for them.
+os.register_at_fork(before=_close_idle)
 
 
 @contextmanager

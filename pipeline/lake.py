@@ -175,11 +175,6 @@ class Lake:
                     f"The lake in {self.folder} has no snapshot {snapshot}. "
                     'See `echomine sql "from snapshots"` for those it has.'
                 ) from error
-            if snapshot is not None and isinstance(error, duckdb.CatalogException):
-                raise LakeError(
-                    f"Snapshot {snapshot} of the lake in {self.folder} is from before its tables were made. "
-                    'See `echomine sql "from snapshots"` for later ones.'
-                ) from error
             raise LakeError(self.catalog.unreadable(error)) from error
 
     def commit(self, tables: Mapping[str, pa.Table]) -> dict[str, int]:
@@ -414,8 +409,10 @@ def _new_rows(connection: duckdb.DuckDBPyConnection, name: str, rows: pa.Table) 
     )
     connection.register("incoming", numbered)
     same = " and ".join(f'held."{key}" is not distinct from incoming."{key}"' for key in schema.KEYS[name])
-    # A key column of one value, such as a mining's name, spares the files that cannot hold it.
-    shared = {key: values[0] for key in schema.KEYS[name] if len(values := rows[key].unique()) == 1}
+    # A key column of one value, such as a mining's name, spares the files that cannot hold it. Not so a text
+    # from outside: DuckLake pastes the value into a query of its catalog, which a NUL character cuts off.
+    keys_of_ours = () if name == "quarantine" else schema.KEYS[name]
+    shared = {key: values[0] for key in keys_of_ours if len(values := rows[key].unique()) == 1}
     shared = {key: value.as_py() for key, value in shared.items() if value.is_valid}
     here = "".join(f' and held."{key}" = ${key}' for key in shared)
     fresh = connection.execute(

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from pipeline import schema
 from pipeline.catalog import quoted
-from pipeline.errors import QueryError, said
+from pipeline.errors import LakeError, QueryError, said
 from pipeline.interrupts import stoppable
 from pipeline.query import Limits, Selection, reading_only
 from pipeline.sqlfiles import macros, params_of, views
@@ -76,6 +76,11 @@ class Reader:
     def _add_later_tables(self) -> None:
         """Tables that came after this snapshot are empty in it."""
         held = {row["name"] for row in self.rows("select table_name as name from duckdb_tables()")}
+        if "meta" not in held:
+            raise LakeError(
+                f"Snapshot {self.snapshot} of the lake in {self.lake.folder} is from before its tables were "
+                'made. See `echomine sql "from snapshots"` for later ones.'
+            )
         for name, columns in schema.TABLES.items():
             if name not in held:
                 self.materialize_rows(name, columns.empty_table())

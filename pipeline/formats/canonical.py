@@ -30,9 +30,9 @@ _NO_PLACE = "group_id must be text and sample_index a whole number from 0"
 
 
 def recognizes(path: Path) -> bool:
-    """Whether the file has groups and rewards under our names."""
+    """Whether the file has groups, and their tokens or rewards, under our names."""
     names = column_names(path) if path.suffix == ".parquet" else first_object(path)
-    return names is not None and {"group_id", "reward"} <= set(names)
+    return names is not None and "group_id" in names and bool({"completion_ids", "reward"} & set(names))
 
 
 def read(path: Path) -> Iterator[SourceRow]:

@@ -23,7 +23,7 @@ from pipeline.lake import Lake
 ECHOMINE = Path(sys.executable).with_name("echomine")
 ORDER = [
     *("nightly", "generate", "score", "import", "mine", "export", "train"),
-    *("sql", "report", "audit", "init", "maintain", "doctor"),
+    *("sql", "report", "audit", "reverify", "forget", "init", "maintain", "doctor"),
 ]
 
 

@@ -35,7 +35,7 @@ def test_the_folder_names_the_database_and_holds_no_password(
     lake.commit(group("a"))
     address = f"{postgres.url_by_tcp(database)}?connect_timeout=10\n"
     assert (lake.folder / MARKER).read_text() == address
-    assert sorted(path.name for path in lake.folder.iterdir()) == [MARKER, "files"]
+    assert sorted(path.name for path in lake.folder.iterdir()) == [MARKER, "files", "verified.json"]
     assert groups_in(Lake.open(lake.folder)) == ["a"]
 
 

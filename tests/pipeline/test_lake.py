@@ -24,7 +24,7 @@ from pipeline.config import MiningConfig
 from pipeline.errors import LakeError
 from pipeline.lake import Lake
 from pipeline.mine import mine
-from pipeline.rollouts import rollout_table
+from pipeline.rollouts import Refused, quarantine_table, rollout_table
 
 WORKER = Path(__file__).with_name("lake_worker.py")
 
@@ -318,3 +318,10 @@ def test_a_writer_killed_before_its_commit_leaves_only_an_orphan(lake: Lake) -> 
     assert set(data_files(lake)) == {kept, *clips}
     assert lake.commit(group("lost")) == {"rollouts": 2}
     assert groups_in(lake) == ["a", "lost"]
+
+
+@pytest.mark.parametrize("text", ["it's", "a\x00b", "</script>\x00'; --"])
+def test_quarantine_takes_any_text(lake: Lake, text: str) -> None:
+    refused = quarantine_table([Refused(text, "dump.jsonl:1", {"run_id": text, "group_id": text})])
+    assert lake.commit({"quarantine": refused}) == {"quarantine": 1}
+    assert lake.commit({"quarantine": refused}) == {"quarantine": 0}

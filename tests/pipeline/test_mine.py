@@ -144,10 +144,12 @@ def test_a_copy_is_a_duplicate_whoever_split_it(lake: Lake, splitters: tuple[str
 
 
 def test_more_twins_than_a_list_holds_are_told_apart(lake: Lake) -> None:
-    for number in range(FEW_TWINS):
-        tokens = {"completion_ids": [number // 2, 1], "prompt_id": "p"}
-        put(lake, *group(f"{number:02}", **tokens))
-    put(lake, *group("last", prompt_id="p", completion_ids=[0, 1]))
+    twins = [
+        row
+        for number in range(FEW_TWINS)
+        for row in group(f"{number:02}", completion_ids=[number // 2, 1], prompt_id="p")
+    ]
+    put(lake, *twins, *group("last", prompt_id="p", completion_ids=[0, 1]))
     mined = mine(lake, MiningConfig())
     assert (mined.clips, mined.dropped) == (FEW_TWINS // 2, {"duplicate": FEW_TWINS // 2 + 1})
 

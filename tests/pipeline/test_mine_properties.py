@@ -146,7 +146,7 @@ def check(empty: Path, rows: list[Row], configs: list[MiningConfig]) -> None:
             assert mined(lake, config) == expected, config
 
 
-@settings(SETTINGS, max_examples=16, phases=[Phase.generate, Phase.shrink])
+@settings(SETTINGS, max_examples=8, phases=[Phase.generate, Phase.shrink])
 @given(rows=lakes(), configs=OPTION_SETS)
 def test_sql_and_a_plain_walk_of_the_rules_choose_the_same_clips(
     empty: Path, rows: list[Row], configs: list[MiningConfig]

@@ -162,7 +162,8 @@ def test_the_sample_lake_gives_rows(file, result):
     if file.parent.name in MAY_BE_EMPTY:
         assert result.num_rows == 0
     else:
-        assert result.num_rows > 1 or header_of(file).grain in (["run_id"], ["mining_id"])
+        few = file.parent.name == "examples" or header_of(file).grain in (["run_id"], ["mining_id"])
+        assert result.num_rows > (0 if few else 1)
 
 
 def test_the_params_are_those_that_the_query_binds(file):
