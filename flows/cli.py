@@ -24,9 +24,9 @@ _IN_ORDER = (
     ask.sql,
     look.report,
     look.audit,
-    care.init,
     trust.reverify,
     trust.forget,
+    care.init,
     care.maintain,
     care.doctor,
 )

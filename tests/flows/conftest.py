@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import sqlite3
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import dumps
 import pytest
+from folder_contents import contents
 
 from flows.cli import main
 
@@ -29,24 +27,6 @@ def lake(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert main(["mine", "--lake", str(folder / "lake")]) == 0
     return folder / "lake"
-
-
-def contents(*folders: Path) -> dict[str, Any]:
-    """Every file's hash, and of a catalog its newest snapshot; locks and SQLite's journals say nothing."""
-    found: dict[str, Any] = {}
-    for path in (path for folder in folders for path in folder.rglob("*") if path.is_file()):
-        if path.name.endswith((".lock", "-wal", "-shm")):
-            continue
-        found[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
-        if path.name == "catalog.sqlite":
-            try:
-                with sqlite3.connect(path) as catalog:
-                    found[str(path)] = catalog.execute(
-                        "select max(snapshot_id) from ducklake_snapshot"
-                    ).fetchone()
-            except sqlite3.DatabaseError:
-                pass  # a damaged one keeps its hash
-    return found
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from attempts import EXTENSIONS, FILES, NETWORK, WRITES
-from conftest import contents
+from folder_contents import contents
 
 ECHOMINE = Path(sys.executable).with_name("echomine")
 PROMPT = "lake>"
