@@ -22,6 +22,7 @@ from pipeline.import_rows import (
     ENTROPY_KINDS,
     FINISH_REASONS,
     LEAST,
+    NAMES,
     ORIGINS,
     ImportContext,
     prompt_columns,
@@ -79,6 +80,8 @@ def _beyond_doubt(table: pa.Table, context: ImportContext) -> Mask:
         )
 
     demand("group_id", pc.is_valid, absent=False)
+    for name in NAMES:
+        demand(name, lambda column: pc.invert(pc.match_substring(column, "\0")), absent=name != "group_id")
     demand("sample_index", lambda column: pc.greater_equal(column, 0), absent=True)
     demand("reward", pc.is_finite, absent=False)
     demand("origin", one_of(*ORIGINS), absent=True)

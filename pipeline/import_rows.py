@@ -110,6 +110,19 @@ class ImportContext:
         return tuple(prompt_messages_ids(self.tokenizer, orjson.loads(messages)).tolist())
 
 
+# DuckLake pastes bounds of what is joined into queries of its catalog, which a NUL character cuts off.
+NAMES = (
+    "group_id",
+    "prompt_id",
+    "run_id",
+    "model",
+    "weights_hash",
+    "verifier",
+    "verifier_version",
+    "splitter",
+)
+
+
 def completed_row(values: Mapping[str, Any], context: ImportContext) -> dict[str, Any]:
     """A dump's row with the defaults filled in and its steps split; group_size and time as they were given.
 
@@ -127,6 +140,9 @@ def completed_row(values: Mapping[str, Any], context: ImportContext) -> dict[str
     index = given.get("sample_index")
     if not isinstance(given.get("group_id"), str) or not (index is None or is_count(index)):
         raise FormatError("group_id must be text and sample_index a whole number from 0")
+    for name in NAMES:
+        if "\0" in str(given.get(name)):
+            raise FormatError(f"column `{name}` holds a NUL character")
     if "completion_ids" not in given and isinstance(given.get("completion"), str):
         if not is_unicode(given["completion"]):
             raise FormatError("the completion is no valid Unicode")

@@ -171,6 +171,17 @@ def test_every_bad_row_is_quarantined_with_file_and_line_and_the_rest_proceeds(l
     assert mine(lake, MiningConfig()).groups == {"incomplete": 2}
 
 
+@pytest.mark.parametrize("write", [jsonl, parquet])
+def test_a_name_with_a_nul_is_refused_and_one_with_a_quote_is_not(lake, tmp_path, write) -> None:
+    names = ["a\0b", "it's", "c"]
+    path = write(tmp_path / f"dump.{write.__name__}", [dumped(name, 0, run_id=name) for name in names])
+    assert taken(lake, path) == Ingested(written=2, refused=1)
+    assert taken(lake, path) == Ingested(known=2, refused=1)
+    assert rows_of(lake, "select run_id from rollouts order by all") == [{"run_id": "c"}, {"run_id": "it's"}]
+    (refused,) = rows_of(lake, "select reason from quarantine")
+    assert refused["reason"] == "column `group_id` holds a NUL character"
+
+
 def test_a_file_that_cannot_be_read_whole_is_refused_before_anything_is_written(lake, tmp_path) -> None:
     good = jsonl(tmp_path / "good.jsonl", [dumped("a", 0)])
     lacking = dumped("a", 0)
