@@ -38,7 +38,13 @@ class Terminal:
             stdin=ours,
             stdout=ours,
             stderr=ours,
-            env={**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", **environment},
+            env={
+                **os.environ,
+                "TERM": "xterm",
+                "COLUMNS": "160",
+                "PROMPT_TOOLKIT_NO_CPR": "1",
+                **environment,
+            },
             start_new_session=True,
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C is a signal
         )
