@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 # The project first: tests/ has folders of the same names as the packages.
-sys.path[:0] = map(str, reversed(Path(__file__).resolve().parents[1:3]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from sample_lake import character_tokenizer
 
