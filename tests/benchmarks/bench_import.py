@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from measure import medians, print_table
+from measure import medians, peak_mebibytes, print_table
 
 from pipeline.errors import FormatError
 from pipeline.formats.canonical import import_canonical
@@ -140,7 +139,7 @@ def main() -> None:
 
     if options.once:
         imported(options.once[0], Path(options.once[1]))
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        print(peak_mebibytes())
         return
 
     rows = []

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import synthetic_lake
-from measure import print_table
+from measure import peak_mebibytes, print_table
 
 from pipeline.config import MiningConfig
 from pipeline.lake import Lake
@@ -141,12 +141,6 @@ def release_layout(folder: Path) -> list[tuple[str, float]]:
 def slice_of(folder: Path, num_tokens: int) -> tuple[Lake, list[Path]]:
     lake = Lake.open(folder) if folder.exists() else synthetic_lake.build(folder, num_tokens)
     return lake, sorted((lake.files / "main" / "rollouts").glob("*.parquet"))
-
-
-def peak_mebibytes() -> float:
-    """Of this program: getrusage would count what its parent held when it was started."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def child(options: argparse.Namespace) -> None:

@@ -27,6 +27,12 @@ def medians(sides: Mapping[str, Callable[[], object]], repeats: int = 5) -> dict
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
+def peak_mebibytes() -> float:
+    """The greatest resident memory of this program. (getrusage counts what its parent held at its start.)"""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+
+
 def machine() -> str:
     """Processor, cores that this process may use, memory, GPUs, and the versions that matter."""
     import torch

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 from pathlib import Path
 
@@ -50,7 +49,9 @@ def import_(path: Path, folder: Path) -> float:
 
     done = import_canonical(Lake.create(folder), [path], load_tokenizer(model_folder("arith")))
     assert done.refused == 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # getrusage would count what the parent held when it started this process
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 
 
 if __name__ == "__main__":
