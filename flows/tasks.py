@@ -18,8 +18,8 @@ from pipeline import generate as generation
 from pipeline import mine as mining
 from pipeline import runs, scoring
 from pipeline.config import NightlyConfig
-from pipeline.exports.core import Export
-from pipeline.exports.shards import export_shards
+from pipeline.exports.core import Export, export_clips
+from pipeline.exports.shards import SHARDS
 from pipeline.ingest import Ingested
 from pipeline.mine import Mining
 from pipeline.night_report import write_night_report
@@ -87,7 +87,8 @@ def mine(run: NightRun) -> Mining:
 
 @stage("export")
 def export(run: NightRun, mined: Mining) -> Export:
-    return export_shards(run.lake(), run.lake_folder / "shards", run.config.export, mined.mining_id)
+    folder = run.lake_folder / "shards"
+    return export_clips(run.lake(), folder, SHARDS, run.config.export, mined.mining_id)
 
 
 @stage("train")

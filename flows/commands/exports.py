@@ -21,7 +21,7 @@ from pipeline.config import ExportConfig, NightlyConfig, load_config
 from pipeline.errors import NothingToMine
 
 if TYPE_CHECKING:
-    from pipeline.exports.core import Export
+    from pipeline.exports.core import Form
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -56,9 +56,9 @@ def _export_options(function: F) -> F:
 @_export_options
 def shards(**given: Any) -> None:
     """Parquet shards of EchoClips with a manifest; FOLDER/latest.json names the newest export."""
-    from pipeline.exports.shards import export_shards
+    from pipeline.exports.shards import SHARDS
 
-    _export(given, export_shards)
+    _export(given, lambda _: SHARDS)
 
 
 @export.command(
@@ -69,9 +69,9 @@ def shards(**given: Any) -> None:
 @tokenizer_option
 def luffy(tokenizer: Path | None, **given: Any) -> None:
     """verl's prompt Parquet with each clip's text as `target`, for LUFFY and EchoRL."""
-    from pipeline.exports.luffy import export_luffy
+    from pipeline.exports.luffy import luffy as form
 
-    _export(given, export_luffy, lambda settings: {"tokenizer": _tokenizer(tokenizer, settings)})
+    _export(given, lambda settings: form(_tokenizer(tokenizer, settings)))
 
 
 @export.command(
@@ -82,9 +82,9 @@ def luffy(tokenizer: Path | None, **given: Any) -> None:
 @tokenizer_option
 def sft(tokenizer: Path | None, **given: Any) -> None:
     """Chat messages as JSON lines, the last one the clip, after which a chat template will end the turn."""
-    from pipeline.exports.sft import export_sft
+    from pipeline.exports.sft import sft as form
 
-    _export(given, export_sft, lambda settings: {"tokenizer": _tokenizer(tokenizer, settings)})
+    _export(given, lambda settings: form(_tokenizer(tokenizer, settings)))
 
 
 @export.command(
@@ -96,12 +96,11 @@ def sft(tokenizer: Path | None, **given: Any) -> None:
 @click.option("--echo-weight", type=float, help="λ, the weight of the EchoClip term [0.001]")
 def prime_rl(echo_weight: float | None, **given: Any) -> None:
     """Training samples of prime-rl. The clips of one file make, in one step, the EchoClip loss times λ."""
-    from pipeline.exports.prime_rl import export_prime_rl
+    from pipeline.exports.prime_rl import prime_rl as form
 
     _export(
         given,
-        export_prime_rl,
-        lambda settings: {"echo_weight": settings.train.echo_weight},
+        lambda settings: form(settings.train.echo_weight),
         {"train": {"echo_weight": echo_weight}},
     )
 
@@ -114,9 +113,9 @@ def prime_rl(echo_weight: float | None, **given: Any) -> None:
 @tokenizer_option
 def trl(tokenizer: Path | None, **given: Any) -> None:
     """Prompts and clips as Parquet, as text and as the tokens that were sampled, for TRL's SFTTrainer."""
-    from pipeline.exports.trl import export_trl
+    from pipeline.exports.trl import trl as form
 
-    _export(given, export_trl, lambda settings: {"tokenizer": _tokenizer(tokenizer, settings)})
+    _export(given, lambda settings: form(_tokenizer(tokenizer, settings)))
 
 
 @export.command(
@@ -127,31 +126,30 @@ def trl(tokenizer: Path | None, **given: Any) -> None:
 @tokenizer_option
 def hf(tokenizer: Path | None, **given: Any) -> None:
     """A folder with a card; `datasets.load_dataset` opens the folder that is printed."""
-    from pipeline.exports.hf import export_hf
+    from pipeline.exports.hf import hf as form
 
-    _export(given, export_hf, lambda settings: {"tokenizer": _tokenizer(tokenizer, settings)})
+    _export(given, lambda settings: form(_tokenizer(tokenizer, settings)))
 
 
 def _export(
     given: dict[str, Any],
-    write: Callable[..., Export],
-    needs: Callable[[NightlyConfig], dict[str, Any]] = lambda _: {},
+    form: Callable[[NightlyConfig], Form],
     overrides: dict[str, Any] | None = None,
 ) -> None:
     """Reads the settings, writes the export and says what is in it.
 
     Args:
         given: the options of `_export_options`.
-        needs: what else `write` is given.
+        form: how the settings want the clips laid out.
         overrides: of settings beside those of the export.
     """
     names = ("lake", "folder", "config", "as_json", "mining_id", "snapshot")
     lake, folder, config, as_json, mining_id, snapshot = (given.pop(name) for name in names)
     settings = load_config(config, {"export": given, **(overrides or {})})
+    from pipeline.exports.core import export_clips
     from pipeline.lake import Lake
 
-    opened = Lake.open(lake)
-    done = write(opened, folder, settings.export, mining_id=mining_id, snapshot=snapshot, **needs(settings))
+    done = export_clips(Lake.open(lake), folder, form(settings), settings.export, mining_id, snapshot)
     if as_json:
         print_json({"folder": str(done.folder), **done.manifest})
     else:

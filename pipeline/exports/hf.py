@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from pipeline.config import ExportConfig
-from pipeline.exports.core import Export, Form, export_clips
+from pipeline.exports.core import Form
 from pipeline.exports.text import MESSAGES, clip_texts, prompt_texts
-from pipeline.lake import Lake
 from pipeline.tokenization import tokenizer_hash
 
 HF = pa.schema(
@@ -84,15 +81,8 @@ def card(manifest: Mapping[str, Any]) -> str:
     return _CARD.format_map({**manifest, "dropped": dropped, "columns": columns})
 
 
-def export_hf(
-    lake: Lake,
-    folder: Path,
-    config: ExportConfig,
-    tokenizer: Any,
-    mining_id: str | None = None,
-    snapshot: int | None = None,
-) -> Export:
-    """One row of `HF` a clip. Raises as `export_clips`.
+def hf(tokenizer: Any) -> Form:
+    """One row of `HF` a clip.
 
     Args:
         tokenizer: of the model that sampled the clips.
@@ -110,5 +100,4 @@ def export_hf(
         ]
         return pa.table(columns, schema=HF)
 
-    form = Form("hf", ".parquet", rows, tokenizer_hash=tokenizer_hash(tokenizer), readme=card)
-    return export_clips(lake, folder, form, config, mining_id, snapshot)
+    return Form("hf", ".parquet", rows, tokenizer_hash=tokenizer_hash(tokenizer), readme=card)

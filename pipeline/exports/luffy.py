@@ -9,15 +9,12 @@ clips has a row for each, since the reader looks at the first target only.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from pipeline.config import ExportConfig
-from pipeline.exports.core import Export, Form, export_clips
+from pipeline.exports.core import Form
 from pipeline.exports.text import MESSAGES, UNKNOWN_MESSAGES, clip_texts, held_with_messages
-from pipeline.lake import Lake
 from pipeline.tokenization import tokenizer_hash
 
 EXTRA_INFO = pa.struct(
@@ -42,15 +39,8 @@ LUFFY = pa.schema(
 )
 
 
-def export_luffy(
-    lake: Lake,
-    folder: Path,
-    config: ExportConfig,
-    tokenizer: Any,
-    mining_id: str | None = None,
-    snapshot: int | None = None,
-) -> Export:
-    """One row of `LUFFY` a clip. Raises as `export_clips`.
+def luffy(tokenizer: Any) -> Form:
+    """One row of `LUFFY` a clip.
 
     Args:
         tokenizer: of the model that sampled the clips.
@@ -63,7 +53,7 @@ def export_luffy(
             [_row(clip, text) for clip, text in zip(given, texts, strict=True)], LUFFY
         )
 
-    form = Form(
+    return Form(
         "luffy",
         ".parquet",
         rows,
@@ -71,7 +61,6 @@ def export_luffy(
         UNKNOWN_MESSAGES,
         tokenizer_hash=tokenizer_hash(tokenizer),
     )
-    return export_clips(lake, folder, form, config, mining_id, snapshot)
 
 
 def _row(clip: dict[str, Any], text: str) -> dict[str, Any]:

@@ -22,15 +22,11 @@ token, as the EchoClip loss is of the distribution at temperature 1; log-probs, 
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pyarrow as pa
 
-from pipeline.config import ExportConfig
-from pipeline.exports.core import Export, Form, export_clips
+from pipeline.exports.core import Form
 from pipeline.exports.text import id_lists
-from pipeline.lake import Lake
 from pipeline.records import Float32, Int32
 
 ENV_NAME = "echomine"
@@ -64,15 +60,8 @@ def ce_weights(clip_tokens: Int32, echo_weight: float) -> Float32:
     return weights
 
 
-def export_prime_rl(
-    lake: Lake,
-    folder: Path,
-    config: ExportConfig,
-    echo_weight: float,
-    mining_id: str | None = None,
-    snapshot: int | None = None,
-) -> Export:
-    """One row of `PRIME_RL` a clip. Raises as `export_clips`.
+def prime_rl(echo_weight: float) -> Form:
+    """One row of `PRIME_RL` a clip.
 
     Args:
         echo_weight: λ, the weight of the EchoClip term.
@@ -98,5 +87,4 @@ def export_prime_rl(
             schema=PRIME_RL,
         )
 
-    form = Form("prime-rl", ".parquet", rows, settings={"echo_weight": echo_weight})
-    return export_clips(lake, folder, form, config, mining_id, snapshot)
+    return Form("prime-rl", ".parquet", rows, settings={"echo_weight": echo_weight})

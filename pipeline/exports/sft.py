@@ -8,15 +8,12 @@ And text is tokenized anew, not always into the tokens that were sampled. Where 
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from pipeline.config import ExportConfig
-from pipeline.exports.core import Export, Form, export_clips
+from pipeline.exports.core import Form
 from pipeline.exports.text import MESSAGES, UNKNOWN_MESSAGES, clip_texts, held_with_messages
-from pipeline.lake import Lake
 from pipeline.tokenization import tokenizer_hash
 
 SFT = pa.schema(
@@ -32,15 +29,8 @@ SFT = pa.schema(
 )
 
 
-def export_sft(
-    lake: Lake,
-    folder: Path,
-    config: ExportConfig,
-    tokenizer: Any,
-    mining_id: str | None = None,
-    snapshot: int | None = None,
-) -> Export:
-    """One JSON object of `SFT` a line. Raises as `export_clips`.
+def sft(tokenizer: Any) -> Form:
+    """One JSON object of `SFT` a line.
 
     Args:
         tokenizer: of the model that sampled the clips.
@@ -58,7 +48,7 @@ def export_sft(
             clips.set_column(place, "messages", pa.array(conversations, MESSAGES)).select(SFT.names).cast(SFT)
         )
 
-    form = Form(
+    return Form(
         "sft",
         ".jsonl",
         rows,
@@ -66,4 +56,3 @@ def export_sft(
         UNKNOWN_MESSAGES,
         tokenizer_hash=tokenizer_hash(tokenizer),
     )
-    return export_clips(lake, folder, form, config, mining_id, snapshot)

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pyarrow as pa
 
-from pipeline.config import ExportConfig
-from pipeline.exports.core import Export, Form, export_clips
-from pipeline.lake import Lake
+from pipeline.exports.core import Form
 
 SHARD = pa.schema(
     [
@@ -23,14 +19,5 @@ SHARD = pa.schema(
     ]
 )
 
-
-def export_shards(
-    lake: Lake,
-    folder: Path,
-    config: ExportConfig,
-    mining_id: str | None = None,
-    snapshot: int | None = None,
-) -> Export:
-    """One row of `SHARD` a clip. `load_clips` of `pipeline.shards` reads them. Raises as `export_clips`."""
-    form = Form("shards", ".parquet", lambda clips: clips.select(SHARD.names).cast(SHARD))
-    return export_clips(lake, folder, form, config, mining_id, snapshot)
+# `load_clips` of `pipeline.shards` reads them.
+SHARDS = Form("shards", ".parquet", lambda clips: clips.select(SHARD.names).cast(SHARD))

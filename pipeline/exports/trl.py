@@ -8,16 +8,13 @@ averages over the tokens of a batch; the per-clip mean of the EchoClip loss is i
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline.config import ExportConfig
-from pipeline.exports.core import Export, Form, export_clips
+from pipeline.exports.core import Form
 from pipeline.exports.text import clip_texts, id_lists, prompt_texts
-from pipeline.lake import Lake
 from pipeline.tokenization import tokenizer_hash
 
 TRL = pa.schema(
@@ -31,15 +28,8 @@ TRL = pa.schema(
 )
 
 
-def export_trl(
-    lake: Lake,
-    folder: Path,
-    config: ExportConfig,
-    tokenizer: Any,
-    mining_id: str | None = None,
-    snapshot: int | None = None,
-) -> Export:
-    """One row of `TRL` a clip. Raises as `export_clips`.
+def trl(tokenizer: Any) -> Form:
+    """One row of `TRL` a clip.
 
     Args:
         tokenizer: of the model that sampled the clips.
@@ -59,5 +49,4 @@ def export_trl(
             schema=TRL,
         )
 
-    form = Form("trl", ".parquet", rows, tokenizer_hash=tokenizer_hash(tokenizer))
-    return export_clips(lake, folder, form, config, mining_id, snapshot)
+    return Form("trl", ".parquet", rows, tokenizer_hash=tokenizer_hash(tokenizer))

@@ -14,7 +14,8 @@ from sample_lake import LakeBuilder, overturned
 from pipeline.checks import run_checks
 from pipeline.config import ExportConfig, MiningConfig
 from pipeline.errors import BusyError, PromptError
-from pipeline.exports.shards import export_shards
+from pipeline.exports.core import export_clips
+from pipeline.exports.shards import SHARDS
 from pipeline.forget import find, forget
 from pipeline.forgotten import Forgotten
 from pipeline.ingest import ingest
@@ -130,7 +131,7 @@ def test_shards_that_are_out_are_named_and_lose_the_clip(builder: LakeBuilder, t
     lake = LakeBuilder(tmp_path / "shared").lake
     lake.commit({"rollouts": rollout_table(builder.rows)})
     mine(lake, MiningConfig())
-    export = export_shards(lake, tmp_path / "shards", ExportConfig())
+    export = export_clips(lake, tmp_path / "shards", SHARDS, ExportConfig())
     assert len(load_clips(export.folder, builder.tokenizer_hash)) == 2
     done = forget(lake, find(lake, [SECRET_PROMPT.prompt_id]))
     assert [(shard.path, shard.clips, shard.noticed) for shard in done.shards] == [
@@ -138,7 +139,7 @@ def test_shards_that_are_out_are_named_and_lose_the_clip(builder: LakeBuilder, t
     ]
     assert len(load_clips(export.folder, builder.tokenizer_hash)) == 1
     mine(lake, MiningConfig())
-    assert export_shards(lake, tmp_path / "shards", ExportConfig()).clips == 1
+    assert export_clips(lake, tmp_path / "shards", SHARDS, ExportConfig()).clips == 1
 
 
 def test_a_night_that_runs_is_waited_for_and_its_leavings_are_tidied(builder: LakeBuilder) -> None:

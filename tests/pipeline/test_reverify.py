@@ -11,7 +11,8 @@ from sample_lake import LakeBuilder, SampleLake, overturned
 
 from pipeline.config import ExportConfig, MiningConfig, VerifyConfig
 from pipeline.errors import LakeError, VerifierError
-from pipeline.exports.shards import export_shards
+from pipeline.exports.core import export_clips
+from pipeline.exports.shards import SHARDS
 from pipeline.lake import Lake
 from pipeline.mine import mine
 from pipeline.reverify import Reverified, Scope, reverify
@@ -114,7 +115,7 @@ def test_a_withdrawn_clip_is_in_no_export_view_or_old_shard(
         builder.add_group(["1\n#42", "20\n30\n#42"], [1.0, 1.0], question=question)
     lake = builder.commit()
     mining = mine(lake, MiningConfig()).mining_id
-    old = export_shards(lake, tmp_path / "shards", ExportConfig())
+    old = export_clips(lake, tmp_path / "shards", SHARDS, ExportConfig())
     assert (old.clips, len(load_clips(old.folder, builder.tokenizer_hash))) == (2, 2)
     overturned(lake)
     with lake.reader() as reader:
@@ -127,14 +128,14 @@ def test_a_withdrawn_clip_is_in_no_export_view_or_old_shard(
     }
     (left,) = load_clips(old.folder, builder.tokenizer_hash)
     assert left.clip_id not in withdrawn[mining]
-    new = export_shards(lake, tmp_path / "shards", ExportConfig(), mining)
+    new = export_clips(lake, tmp_path / "shards", SHARDS, ExportConfig(), mining)
     assert (new.clips, new.dropped, new.folder == old.folder) == (1, {"withdrawn": 1}, False)
 
 
 def test_a_verdict_that_restores_a_rollout_restores_its_clip_in_shards_too(tmp_path: Path) -> None:
     lake = solved(tmp_path / "lake", "#42\nsurely", "#42")
     mine(lake, MiningConfig())
-    export = export_shards(lake, tmp_path / "shards", ExportConfig())
+    export = export_clips(lake, tmp_path / "shards", SHARDS, ExportConfig())
     assert reverify(lake, VERIFY, Scope(), "verifiers_for_tests:nothing_is_right").withdrawn_clips == 1
     assert load_clips(export.folder, LakeBuilder(tmp_path / "x").tokenizer_hash) == []
     assert reverify(lake, VERIFY, Scope(), TROUBLED).withdrawn_clips == 0

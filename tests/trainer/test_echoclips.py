@@ -5,7 +5,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.config import ExportConfig
-from pipeline.exports.shards import export_shards
+from pipeline.exports.core import export_clips
+from pipeline.exports.shards import SHARDS
 from pipeline.lake import Lake
 from pipeline.shards import UnknownTokenizer
 from trainer.echoclips import EchoClips
@@ -16,7 +17,7 @@ from trainer.learner import mean_clip_loss
 def shards(sample_lake, tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
     lake = Lake.open(sample_lake.lake.folder)
-    export_shards(lake, folder, ExportConfig(), sample_lake.mining_id)
+    export_clips(lake, folder, SHARDS, ExportConfig(), sample_lake.mining_id)
     return folder
 
 

@@ -1,20 +1,21 @@
-"""Exports opened by the libraries they are for, where these are installed: `pip install datasets trl`."""
+"""Exports opened by the libraries they are for."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import datasets
 import pytest
 from sample_lake import SampleLake, character_tokenizer
+from trl import SFTConfig, SFTTrainer
 
 from pipeline.config import ExportConfig
-from pipeline.exports.hf import HF, export_hf
-from pipeline.exports.luffy import LUFFY, export_luffy
-from pipeline.exports.sft import SFT, export_sft
-from pipeline.exports.trl import export_trl
+from pipeline.exports.core import export_clips
+from pipeline.exports.hf import HF, hf
+from pipeline.exports.luffy import LUFFY, luffy
+from pipeline.exports.sft import SFT, sft
+from pipeline.exports.trl import trl
 from pipeline.models import load_model, model_folder
-
-datasets = pytest.importorskip("datasets", reason="NOT TESTED: `datasets` is not installed")
 
 
 @pytest.fixture(autouse=True)
@@ -23,9 +24,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_load_dataset_opens_an_hf_folder(sample_lake: SampleLake, tmp_path: Path) -> None:
-    done = export_hf(
-        sample_lake.lake, tmp_path / "hf", ExportConfig(clips_per_shard=2), character_tokenizer()
-    )
+    form = hf(character_tokenizer())
+    done = export_clips(sample_lake.lake, tmp_path / "hf", form, ExportConfig(clips_per_shard=2))
     opened = datasets.load_dataset(str(done.folder))
     assert list(opened) == ["train"]
     assert opened["train"].column_names == HF.names
@@ -33,8 +33,9 @@ def test_load_dataset_opens_an_hf_folder(sample_lake: SampleLake, tmp_path: Path
 
 
 def test_load_dataset_opens_the_files_of_luffy_and_sft(sample_lake: SampleLake, tmp_path: Path) -> None:
-    given = sample_lake.lake, tmp_path / "out", ExportConfig(), character_tokenizer()
-    for kind, done, schema in (("parquet", export_luffy(*given), LUFFY), ("json", export_sft(*given), SFT)):
+    tokenizer = character_tokenizer()
+    for kind, form, schema in (("parquet", luffy(tokenizer), LUFFY), ("json", sft(tokenizer), SFT)):
+        done = export_clips(sample_lake.lake, tmp_path / "out", form, ExportConfig())
         files = [str(done.folder / file["file"]) for file in done.manifest["files"]]
         opened = datasets.load_dataset(kind, data_files=files)["train"]
         assert opened.column_names == schema.names
@@ -42,22 +43,21 @@ def test_load_dataset_opens_the_files_of_luffy_and_sft(sample_lake: SampleLake, 
 
 
 def test_trl_trains_on_the_sampled_tokens_of_the_clips_alone(sample_lake: SampleLake, tmp_path: Path) -> None:
-    trl = pytest.importorskip("trl", reason="NOT TESTED: `trl` is not installed")
     seen: list[list[int]] = []
 
-    class Trainer(trl.SFTTrainer):
+    class Trainer(SFTTrainer):
         def compute_loss(self, model, inputs, **rest):
             seen.extend(row[row != -100].tolist() for row in inputs["labels"])
             return super().compute_loss(model, inputs, **rest)
 
     tokenizer = character_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
-    done = export_trl(sample_lake.lake, tmp_path / "trl", ExportConfig(), tokenizer)
+    done = export_clips(sample_lake.lake, tmp_path / "trl", trl(tokenizer), ExportConfig())
     files = [str(done.folder / file["file"]) for file in done.manifest["files"]]
     rows = datasets.load_dataset("parquet", data_files=files)["train"]
     model = load_model(model_folder("arith"), "cpu")
     model.resize_token_embeddings(len(tokenizer))
-    config = trl.SFTConfig(
+    config = SFTConfig(
         output_dir=str(tmp_path / "run"),
         max_steps=1,
         per_device_train_batch_size=rows.num_rows,

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +18,14 @@ from transformers import PreTrainedTokenizerFast
 from pipeline.config import ExportConfig, MiningConfig
 from pipeline.errors import FormatError, LakeError, NothingToMine
 from pipeline.exports import selection
-from pipeline.exports.core import Export
-from pipeline.exports.hf import HF, MEANINGS, export_hf
-from pipeline.exports.luffy import LUFFY, export_luffy
-from pipeline.exports.prime_rl import PRIME_RL, ce_weights, export_prime_rl
-from pipeline.exports.sft import export_sft
-from pipeline.exports.shards import export_shards
+from pipeline.exports.core import Export, export_clips
+from pipeline.exports.hf import HF, MEANINGS, hf
+from pipeline.exports.luffy import LUFFY, luffy
+from pipeline.exports.prime_rl import PRIME_RL, ce_weights, prime_rl
+from pipeline.exports.sft import sft
+from pipeline.exports.shards import SHARDS
 from pipeline.exports.text import clip_text, prompt_messages
-from pipeline.exports.trl import TRL, export_trl
+from pipeline.exports.trl import TRL, trl
 from pipeline.hashing import file_sha256
 from pipeline.lake import Lake
 from pipeline.mine import mine
@@ -37,18 +35,14 @@ from pipeline.shards import load_clips
 from pipeline.tokenization import load_tokenizer
 
 TOKENIZER = character_tokenizer()
-WRITERS: dict[str, Callable[..., Export]] = {
-    "shards": export_shards,
-    "luffy": partial(export_luffy, tokenizer=TOKENIZER),
-    "sft": partial(export_sft, tokenizer=TOKENIZER),
-    "prime-rl": partial(export_prime_rl, echo_weight=0.001),
-    "trl": partial(export_trl, tokenizer=TOKENIZER),
-    "hf": partial(export_hf, tokenizer=TOKENIZER),
+FORMS = {
+    form.name: form
+    for form in (SHARDS, luffy(TOKENIZER), sft(TOKENIZER), prime_rl(0.001), trl(TOKENIZER), hf(TOKENIZER))
 }
 
 
 def export(name: str, mined: SampleLake, folder: Path, **settings: Any) -> Export:
-    return WRITERS[name](mined.lake, folder, ExportConfig(**settings), mining_id=mined.mining_id)
+    return export_clips(mined.lake, folder, FORMS[name], ExportConfig(**settings), mined.mining_id)
 
 
 def rows_of(done: Export) -> list[dict[str, Any]]:
@@ -74,7 +68,7 @@ def clips(sample_lake: SampleLake) -> list[dict[str, Any]]:
         )
 
 
-@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("name", FORMS)
 def test_every_form_holds_every_clip_and_says_so(name, sample_lake, clips, tmp_path):
     done = export(name, sample_lake, tmp_path, clips_per_shard=4)
     manifest = json.loads((done.folder / "manifest.json").read_text())
@@ -146,7 +140,7 @@ def test_the_ce_component_of_a_file_is_lambda_times_the_mean_of_the_clips_means(
     sample_lake, tmp_path, clips_per_step
 ):
     config = ExportConfig(clips_per_shard=clips_per_step)
-    done = export_prime_rl(sample_lake.lake, tmp_path, config, 0.05, sample_lake.mining_id)
+    done = export_clips(sample_lake.lake, tmp_path, prime_rl(0.05), config, sample_lake.mining_id)
     random = np.random.default_rng(0)
     for file in done.manifest["files"]:
         rows = pq.read_table(done.folder / file["file"]).to_pylist()
@@ -226,15 +220,15 @@ def test_clips_without_messages_are_left_out_of_chats_and_counted(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("name", [name for name in WRITERS if name not in ("shards", "prime-rl")])
-def test_text_is_not_decoded_with_another_tokenizer(name, sample_lake, tmp_path):
-    other = {"tokenizer": load_tokenizer(model_folder("arith")), "mining_id": sample_lake.mining_id}
+@pytest.mark.parametrize("form", [luffy, sft, trl, hf])
+def test_text_is_not_decoded_with_another_tokenizer(form, sample_lake, tmp_path):
+    other = form(load_tokenizer(model_folder("arith")))
     with pytest.raises(FormatError, match=r"which is not the one given\. Give the folder of the model"):
-        WRITERS[name](sample_lake.lake, tmp_path, ExportConfig(), **other)
+        export_clips(sample_lake.lake, tmp_path, other, ExportConfig(), sample_lake.mining_id)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("name", FORMS)
 def test_an_export_of_no_clip_is_complete_and_not_the_newest(name, sample_lake, tmp_path):
     done = export(name, sample_lake, tmp_path, max_tokens=1)
     assert done.clips == 0
@@ -243,7 +237,7 @@ def test_an_export_of_no_clip_is_complete_and_not_the_newest(name, sample_lake, 
     assert [path.name for path in tmp_path.iterdir()] == [done.folder.name]
 
 
-@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("name", FORMS)
 def test_a_damaged_export_is_written_again(name, sample_lake, tmp_path):
     done = export(name, sample_lake, tmp_path)
     path = done.folder / done.manifest["files"][0]["file"]
@@ -253,12 +247,12 @@ def test_a_damaged_export_is_written_again(name, sample_lake, tmp_path):
     assert path.read_bytes() == good
 
 
-@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("name", FORMS)
 def test_every_form_says_the_same_of_a_lake_that_was_not_mined_and_a_folder_that_is_a_file(
     name, sample_lake, tmp_path
 ):
     with pytest.raises(NothingToMine, match="was never mined"):
-        WRITERS[name](Lake.create(tmp_path / "lake"), tmp_path / "out", ExportConfig())
+        export_clips(Lake.create(tmp_path / "lake"), tmp_path / "out", FORMS[name], ExportConfig())
     (tmp_path / "file").write_text("")
     with pytest.raises(LakeError, match=rf"Cannot write {name} to .*Choose another folder"):
         export(name, sample_lake, tmp_path / "file")
@@ -276,8 +270,8 @@ def test_an_export_is_of_the_lake_as_it_was(sample_lake, tmp_path):
     with lake.reader() as reader:
         before = reader.snapshot
     mine(lake, MiningConfig(max_clips=1))
-    assert export_shards(lake, tmp_path / "new", ExportConfig()).clips == 1
-    then = export_shards(lake, tmp_path / "then", ExportConfig(), snapshot=before)
+    assert export_clips(lake, tmp_path / "new", SHARDS, ExportConfig()).clips == 1
+    then = export_clips(lake, tmp_path / "then", SHARDS, ExportConfig(), snapshot=before)
     assert then.manifest["mining_id"] == sample_lake.mining_id
 
 

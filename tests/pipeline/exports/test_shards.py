@@ -16,8 +16,8 @@ from sample_lake import LakeBuilder, SampleLake
 import pipeline.exports.core
 from pipeline.config import ExportConfig, MiningConfig
 from pipeline.errors import FormatError, LakeError, MiningError, NothingToMine
-from pipeline.exports.core import Export
-from pipeline.exports.shards import SHARD, export_shards
+from pipeline.exports.core import Export, export_clips
+from pipeline.exports.shards import SHARD, SHARDS
 from pipeline.hashing import file_sha256
 from pipeline.ingest import ingest
 from pipeline.lake import Lake
@@ -40,7 +40,7 @@ def mined(tmp_path_factory: pytest.TempPathFactory) -> SampleLake:
 
 
 def exported(mined: SampleLake, folder: Path, **settings: object) -> Export:
-    return export_shards(mined.lake, folder, ExportConfig(**settings))
+    return export_clips(mined.lake, folder, SHARDS, ExportConfig(**settings))
 
 
 def test_an_export_holds_the_clips_in_rank_order_with_their_facts(mined: SampleLake, tmp_path: Path) -> None:
@@ -216,9 +216,9 @@ def test_shards_of_another_tokenizer_or_no_shards_are_refused(mined: SampleLake,
 
 def test_what_was_never_mined_or_never_existed_is_not_exported(mined: SampleLake, tmp_path: Path) -> None:
     with pytest.raises(NothingToMine, match="was never mined"):
-        export_shards(Lake.create(tmp_path / "lake"), tmp_path / "shards", ExportConfig())
+        export_clips(Lake.create(tmp_path / "lake"), tmp_path / "shards", SHARDS, ExportConfig())
     with pytest.raises(MiningError, match="has no mining zzz"):
-        export_shards(mined.lake, tmp_path / "shards", ExportConfig(), "zzz")
+        export_clips(mined.lake, tmp_path / "shards", SHARDS, ExportConfig(), "zzz")
     assert not (tmp_path / "shards").exists()
 
 
@@ -229,7 +229,7 @@ def test_clips_of_several_tokenizers_do_not_share_a_shard(mined: SampleLake, tmp
     ingest(lake, rows, ["", ""])
     mining = mine(lake, MiningConfig())
     with pytest.raises(MiningError, match="clips of 2 tokenizers"):
-        export_shards(lake, tmp_path / "shards", ExportConfig(), mining.mining_id)
+        export_clips(lake, tmp_path / "shards", SHARDS, ExportConfig(), mining.mining_id)
     assert not (tmp_path / "shards").exists()
 
 
@@ -238,16 +238,22 @@ def test_a_mining_asked_for_again_is_the_one_that_is_exported(sample_lake, tmp_p
     lake = Lake.open(tmp_path / "lake")
     wide = mine(lake, MiningConfig(clips_per_group=2))
     narrow = mine(lake, MiningConfig(max_clips=1))
-    assert export_shards(lake, tmp_path / "shards", ExportConfig()).manifest["mining_id"] == narrow.mining_id
+    assert (
+        export_clips(lake, tmp_path / "shards", SHARDS, ExportConfig()).manifest["mining_id"]
+        == narrow.mining_id
+    )
     assert mine(lake, MiningConfig(clips_per_group=2)) == wide
-    assert export_shards(lake, tmp_path / "shards", ExportConfig()).manifest["mining_id"] == wide.mining_id
+    assert (
+        export_clips(lake, tmp_path / "shards", SHARDS, ExportConfig()).manifest["mining_id"]
+        == wide.mining_id
+    )
 
 
 def test_an_empty_export_does_not_become_the_newest(sample_lake, tmp_path):
     shutil.copytree(sample_lake.lake.folder, tmp_path / "lake")
     lake = Lake.open(tmp_path / "lake")
-    full = export_shards(lake, tmp_path / "shards", ExportConfig(), sample_lake.mining_id)
-    empty = export_shards(lake, tmp_path / "shards", ExportConfig(max_tokens=1), sample_lake.mining_id)
+    full = export_clips(lake, tmp_path / "shards", SHARDS, ExportConfig(), sample_lake.mining_id)
+    empty = export_clips(lake, tmp_path / "shards", SHARDS, ExportConfig(max_tokens=1), sample_lake.mining_id)
     assert (full.clips > 0, empty.clips) == (True, 0)
     assert json.loads((tmp_path / "shards" / "latest.json").read_text())["export"] == full.folder.name
 
@@ -255,6 +261,9 @@ def test_an_empty_export_does_not_become_the_newest(sample_lake, tmp_path):
 def test_an_exclusion_that_names_nothing_is_refused(sample_lake, tmp_path):
     (tmp_path / "evaluation.txt").write_text("\n")
     with pytest.raises(FormatError, match="names no prompt to keep out"):
-        export_shards(
-            sample_lake.lake, tmp_path / "shards", ExportConfig(exclude_prompts=tmp_path / "evaluation.txt")
+        export_clips(
+            sample_lake.lake,
+            tmp_path / "shards",
+            SHARDS,
+            ExportConfig(exclude_prompts=tmp_path / "evaluation.txt"),
         )
