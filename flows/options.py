@@ -15,6 +15,14 @@ from pipeline.config import DEFAULT_LAKE, EngineConfig
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+MODELS = "arith, smollm2, or a Hugging Face model folder"
+VERIFIERS = "exact, math, reasoning_gym, or module:function"
+
+config_option = click.option("--config", type=click.Path(path_type=Path), help="a TOML file with settings")
+model_option = click.option("--model", help=MODELS)
+prompts_option = click.option("--prompts", help="Parquet or JSONL file, or reasoning_gym:<task>?size=N&…")
+verifier_option = click.option("--verifier", help=VERIFIERS)
+
 
 def section_options(model: type[BaseModel]) -> Callable[[F], F]:
     """One option for each field of a config section: `clips_per_group` becomes `--clips-per-group`."""
@@ -49,7 +57,7 @@ def _click_type(kind: Any) -> Any:
 
 
 def common_options(function: F) -> F:
-    """`--lake` and `--config`, which every command has."""
+    """`--lake` and `--config`, which every command on the lake has."""
     lake = click.option(
         "--lake",
         envvar="ECHOMINE_LAKE",
@@ -58,26 +66,44 @@ def common_options(function: F) -> F:
         show_default=True,
         help="the lake's folder (or set ECHOMINE_LAKE)",
     )
-    config = click.option("--config", type=click.Path(path_type=Path), help="a TOML file with settings")
-    return lake(config(function))
+    return lake(config_option(function))
+
+
+def night_option(text: str) -> Callable[[F], F]:
+    """`--night`, a date; `text` is its help."""
+    return click.option("--night", type=click.DateTime(["%Y-%m-%d"]), help=text)
+
+
+def run_option(what: str) -> Callable[[F], F]:
+    """`--run`, which every command has that can leave out all but one run's groups or rollouts."""
+    return click.option("--run", "run_id", help=f"only {what} of this run")
+
+
+def serve_options(what: str, cron: str) -> Callable[[F], F]:
+    """`--serve` and `--cron`, which every command has that a schedule can start; `cron` is the default."""
+
+    def decorate(function: F) -> F:
+        serve = click.option("--serve", is_flag=True, help=f"keep running and {what} whenever --cron says")
+        when = click.option("--cron", default=cron, show_default=True, help="when that is, in UTC")
+        return serve(when(function))
+
+    return decorate
 
 
 def night_options(function: F) -> F:
     """What a night is made of: model, prompts, verifier and date."""
     for option in reversed(
         (
-            click.option("--model", help="arith, smollm2, or a Hugging Face model folder"),
-            click.option("--prompts", help="Parquet or JSONL file, or reasoning_gym:<task>?size=N&…"),
+            model_option,
+            prompts_option,
             click.option("--max-prompts", type=int, help="only the first N prompts"),
             click.option(
                 "--engine",
                 type=click.Choice(get_args(EngineConfig.model_fields["kind"].annotation)),
                 help="what samples the rollouts; auto: vLLM where it is installed",
             ),
-            click.option("--verifier", help="exact, math, reasoning_gym, or module:function"),
-            click.option(
-                "--night", type=click.DateTime(["%Y-%m-%d"]), help="the night's date; default: today in UTC"
-            ),
+            verifier_option,
+            night_option("the night's date; default: today in UTC"),
         )
     ):
         function = option(function)

@@ -10,24 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from pipeline.errors import FormatError, said
+from pipeline import schema
+from pipeline.errors import FormatError
+from pipeline.formats.fields import is_count
+from pipeline.formats.parquet_rows import parquet_rows
 from pipeline.formats.source_rows import Format, SourceRow
 
+_AS_IN_ROLLOUTS = ("group_id", "sample_index", "reward", "group_size", "origin")
 DUMP_ROWS = pa.schema(
     [
-        ("nth_row", pa.int64()),
-        ("group_id", pa.string()),
-        ("sample_index", pa.int64()),
-        ("reward", pa.float64()),
-        ("num_tokens", pa.int64()),
-        ("group_size", pa.int64()),
-        ("origin", pa.string()),
+        pa.field("nth_row", pa.int64()),
+        pa.field("num_tokens", pa.int64()),
+        *(schema.ROLLOUTS.field(name) for name in _AS_IN_ROLLOUTS),
     ]
 )
 LENGTHS = ("completion_ids", "completion_entropies", "completion_logprobs")
-_READ = {"group_id", "sample_index", "reward", "group_size", "origin", "completion", *LENGTHS}
+_READ = {*_AS_IN_ROLLOUTS, "completion", *LENGTHS}
 _BATCH_ROWS = 65_536
 
 
@@ -40,7 +39,7 @@ def source_rows(dumps: Sequence[tuple[Path, Format]]) -> Iterator[SourceRow]:
     for path, kind in dumps:
         # Of canonical Parquet a few columns are enough, and none is required but a group and a reward.
         columnar = kind.NAME == "canonical" and path.suffix == ".parquet"
-        yield from _parquet_rows(path) if columnar else kind.read(path)
+        yield from parquet_rows(path, _READ) if columnar else kind.read(path)
 
 
 def dump_rows(
@@ -75,22 +74,10 @@ def _reward_rows(
             refused[str(error) if known else row.problem or str(error)] += 1
 
 
-def _parquet_rows(path: Path) -> Iterator[SourceRow]:
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            columns = [name for name in file.schema_arrow.names if name in _READ]
-            number = 0
-            for batch in file.iter_batches(batch_size=1024, columns=columns):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield SourceRow(f"{path.name}:{number}", row)
-    except (pa.ArrowException, OSError) as error:
-        raise FormatError(f"{path} is no complete Parquet file: {said(error)}. Copy it again.") from error
-
-
 def _reward_row(number: int, row: SourceRow, tokenizer: Any | None) -> dict[str, Any]:
     values = row.values  # of a row that cannot be imported, too, if its group and its reward can be read
     group, reward = values.get("group_id"), values.get("reward")
+    index, size = values.get("sample_index"), values.get("group_size")
     if not isinstance(group, str):
         raise FormatError("column `group_id` is missing or no text")
     if isinstance(reward, bool) or not isinstance(reward, int | float):
@@ -100,17 +87,12 @@ def _reward_row(number: int, row: SourceRow, tokenizer: Any | None) -> dict[str,
     return {
         "nth_row": number,
         "group_id": group,
-        "sample_index": _whole(values.get("sample_index")),
+        "sample_index": index if is_count(index) else None,
         "reward": float(reward),
         "num_tokens": _num_tokens(values, tokenizer),
-        "group_size": _whole(values.get("group_size")),
+        "group_size": size if is_count(size) else None,
         "origin": values["origin"] if values.get("origin") == "expert" else "policy",
     }
-
-
-def _whole(value: Any) -> int | None:
-    is_count = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
-    return value if is_count else None
 
 
 def _num_tokens(values: Mapping[str, Any], tokenizer: Any | None) -> int | None:

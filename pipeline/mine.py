@@ -170,6 +170,11 @@ def decide(
     return groups, dropped, clips
 
 
+def recorded_settings(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what a mining's column `config` says the settings, by the names that `MiningConfig` still has."""
+    return {key: recorded[key] for key in MiningConfig.model_fields if key in recorded}
+
+
 def _counts(reader: Reader, sql: str) -> dict[str, int]:
     return {row["name"]: row["n"] for row in sorted(reader.rows(sql), key=lambda row: row["name"])}
 

@@ -20,7 +20,7 @@ from pipeline.config import MiningConfig
 from pipeline.errors import LakeError, MiningError
 from pipeline.lake import Lake
 from pipeline.lake_reader import Reader
-from pipeline.mine import WHOLE_LAKE
+from pipeline.mine import WHOLE_LAKE, recorded_settings
 from pipeline.pages import page_template, write_page
 from pipeline.report_clips import NUM_SHADES, clip_views
 from pipeline.report_text import number, percent
@@ -100,8 +100,7 @@ def _mining(reader: Reader, mining_id: str) -> dict[str, Any]:
             f"The lake in {reader.lake.folder} holds no mining {mining_id}. "
             "See `echomine sql \"from mining_runs\"` for those it has."
         )  # fmt: skip
-    recorded = json.loads(rows[0]["config"])
-    settings = MiningConfig(**{key: recorded[key] for key in MiningConfig.model_fields if key in recorded})
+    settings = MiningConfig(**recorded_settings(json.loads(rows[0]["config"])))
     return rows[0] | {"params": settings.model_dump()}
 
 

@@ -14,7 +14,7 @@ from pipeline.config import MiningConfig, validated
 from pipeline.errors import ConfigError, NothingToMine
 from pipeline.lake import Lake
 from pipeline.lake_reader import Reader
-from pipeline.mine import decide
+from pipeline.mine import decide, recorded_settings
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,7 @@ def simulate(
             {"id": last["mining_id"]},
         )
     recorded = json.loads(last["config"])
-    settings = {key: recorded[key] for key in MiningConfig.model_fields if key in recorded}
-    config = validated(MiningConfig, settings | dict(changes), where="--what-if")
+    config = validated(MiningConfig, recorded_settings(recorded) | dict(changes), where="--what-if")
     with lake.reader(last["snapshot"] if snapshot is None else snapshot) as reader:
         groups, dropped, clips = decide(reader, config, recorded["since_snapshot"], last["run_id"])
         mined_snapshot = reader.data_snapshot()

@@ -7,19 +7,17 @@ from typing import Any
 
 import click
 
-from flows.commands.group import EXAMPLE, echomine
+from flows.commands.group import lake_command
 from flows.commands.output import print_counts, print_json
-from flows.options import common_options, json_option, section_options
+from flows.options import section_options, serve_options
 from pipeline.config import MaintainConfig, load_config
 from pipeline.errors import ConfigError, EchoMineError
 
 
-@echomine.command(
+@lake_command(
     short_help="Make a lake for several machines.",
-    epilog=EXAMPLE + "echomine init --lake /mnt/lake --catalog postgresql://miner@db.example/echomine",
+    example="echomine init --lake /mnt/lake --catalog postgresql://miner@db.example/echomine",
 )
-@common_options
-@json_option
 @click.option(
     "--catalog",
     envvar="ECHOMINE_CATALOG",
@@ -40,16 +38,13 @@ def init(lake: Path, config: Path | None, as_json: bool, catalog: str) -> None:
         print_counts(as_json, {"lake": lake, "catalog": made.catalog.where, "snapshot": reader.snapshot})
 
 
-@echomine.command(
+@lake_command(
     short_help="Merge small files, expire snapshots, delete orphans.",
-    epilog=EXAMPLE + "echomine maintain --dry-run",
+    example="echomine maintain --dry-run",
 )
-@common_options
-@json_option
 @section_options(MaintainConfig)
 @click.option("--dry-run", is_flag=True, help="say what would be done, and do nothing")
-@click.option("--serve", is_flag=True, help="keep running and do this whenever --cron says")
-@click.option("--cron", default="0 5 * * *", show_default=True, help="when it is done, in UTC")
+@serve_options("do this", cron="0 5 * * *")
 def maintain(
     lake: Path,
     config: Path | None,
@@ -79,12 +74,10 @@ def maintain(
     print_counts(as_json, maintain_lake(opened, settings, dry_run).as_dict())
 
 
-@echomine.command(
+@lake_command(
     short_help="Versions, devices, the engine, the lake's health.",
-    epilog=EXAMPLE + "echomine doctor --json",
+    example="echomine doctor --json",
 )
-@common_options
-@json_option
 def doctor(lake: Path, config: Path | None, as_json: bool) -> None:
     """Versions, devices, the engine, and the health of the lake; exit code 2 if something is bad."""
     settings = load_config(config)

@@ -8,25 +8,31 @@ from typing import Any
 
 import click
 
-from flows.commands.group import EXAMPLE, echomine
+from flows.commands.group import lake_command
 from flows.commands.output import counted, print_json
-from flows.options import common_options, json_option, night_settings, section_options, snapshot_option
+from flows.options import (
+    model_option,
+    night_settings,
+    prompts_option,
+    run_option,
+    section_options,
+    snapshot_option,
+    verifier_option,
+)
 from pipeline.config import MiningConfig, TrainConfig, load_config
 from pipeline.errors import NothingToMine
 
 
-@echomine.command(
+@lake_command(
     short_help="Find the EchoClips of the lake's groups.",
-    epilog=EXAMPLE + "echomine mine --clips-per-group 2 --max-policy-lag 100 --json",
+    example="echomine mine --clips-per-group 2 --max-policy-lag 100 --json",
 )
-@common_options
-@json_option
 @section_options(MiningConfig)
 @snapshot_option
 @click.option(
     "--since-snapshot", type=click.IntRange(min=0), help="only groups touched since, with all their rollouts"
 )
-@click.option("--run", "run_id", help="only groups of this run")
+@run_option("groups")
 @click.option(
     "--what-if",
     metavar="NAME=VALUE,…",
@@ -78,16 +84,14 @@ def _simulate(lake: Path, what_if: str, snapshot: int | None, run_id: str | None
         print_simulation(simulation)
 
 
-@echomine.command(
+@lake_command(
     short_help="Train on-policy beside the EchoClips of shards.",
-    epilog=EXAMPLE + "echomine train data/shards --optim-steps 20 --echo-weight 0.001",
+    example="echomine train data/shards --optim-steps 20 --echo-weight 0.001",
 )
 @click.argument("shards", type=click.Path(path_type=Path))
-@common_options
-@json_option
-@click.option("--model", help="arith, smollm2, or a Hugging Face model folder")
-@click.option("--prompts", help="Parquet or JSONL file, or reasoning_gym:<task>?size=N&…")
-@click.option("--verifier", help="exact, math, reasoning_gym, or module:function")
+@model_option
+@prompts_option
+@verifier_option
 @section_options(TrainConfig)
 def train(
     shards: Path,

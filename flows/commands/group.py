@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import click
 
+from flows.options import common_options, json_option
 from pipeline.errors import ConfigError, nearest
 
 EXAMPLE = "\b\nExample:\n  "  # an epilog; \b keeps click from joining the lines
@@ -32,3 +34,16 @@ class Commands(click.Group):
 @click.version_option(package_name="echomine", message="echomine %(version)s")
 def echomine() -> None:
     """Mines EchoClips from rollouts that taught nothing, and trains on them."""
+
+
+def lake_command(
+    short_help: str, example: str, name: str | None = None, group: click.Group = echomine
+) -> Callable[[Callable[..., None]], click.Command]:
+    """A command on the lake: its function gets --lake, --config and --json beside what it asks for.
+
+    Args:
+        short_help: its line in the list of commands.
+        example: a call, shown at the end of its help.
+    """
+    command = group.command(name, short_help=short_help, epilog=EXAMPLE + example)
+    return lambda function: command(common_options(json_option(function)))

@@ -8,19 +8,24 @@ from typing import Any
 
 import click
 
-from flows.commands.group import EXAMPLE, echomine
+from flows.commands.group import EXAMPLE, echomine, lake_command
 from flows.commands.output import note, print_json
-from flows.options import common_options, format_option, json_option, section_options, snapshot_option
+from flows.options import (
+    config_option,
+    format_option,
+    json_option,
+    night_option,
+    section_options,
+    snapshot_option,
+)
 from pipeline.config import MiningConfig, load_config
 
 
-@echomine.command(
+@lake_command(
     short_help="Write a night's report again.",
-    epilog=EXAMPLE + "echomine report --night 2026-05-31",
+    example="echomine report --night 2026-05-31",
 )
-@common_options
-@json_option
-@click.option("--night", type=click.DateTime(["%Y-%m-%d"]), help="which night; default: the newest")
+@night_option("which night; default: the newest")
 @snapshot_option
 def report(
     lake: Path, config: Path | None, as_json: bool, night: datetime | None, snapshot: int | None
@@ -51,7 +56,7 @@ def report(
 )
 @format_option
 @click.option("--html", type=click.Path(path_type=Path), help="write the audit as a page, too")
-@click.option("--config", type=click.Path(path_type=Path), help="a TOML file with settings")
+@config_option
 @json_option
 @section_options(MiningConfig)
 def audit(

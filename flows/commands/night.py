@@ -6,24 +6,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import click
-
-from flows.commands.group import EXAMPLE, echomine
+from flows.commands.group import lake_command
 from flows.commands.output import note, print_counts, print_json
-from flows.options import common_options, json_option, night_options, night_settings
+from flows.options import night_options, night_settings, serve_options
 from pipeline.config import load_config
 from pipeline.errors import NothingToMine
 
 
-@echomine.command(
+@lake_command(
     short_help="Run a night: generate to train, and report.",
-    epilog=EXAMPLE + 'echomine nightly --model arith --serve --cron "0 2 * * *"',
+    example='echomine nightly --model arith --serve --cron "0 2 * * *"',
 )
-@common_options
-@json_option
 @night_options
-@click.option("--serve", is_flag=True, help="keep running and start a night whenever --cron says")
-@click.option("--cron", default="0 2 * * *", show_default=True, help="when a served night starts, in UTC")
+@serve_options("start a night", cron="0 2 * * *")
 def nightly(
     lake: Path,
     config: Path | None,
@@ -54,12 +49,10 @@ def nightly(
         raise NothingToMine("The night is done, and no clip was found in it.")
 
 
-@echomine.command(
+@lake_command(
     short_help="Generate, verify and commit a night's rollouts.",
-    epilog=EXAMPLE + "echomine generate --prompts 'reasoning_gym:chain_sum?size=64' --verifier reasoning_gym",
+    example="echomine generate --prompts 'reasoning_gym:chain_sum?size=64' --verifier reasoning_gym",
 )
-@common_options
-@json_option
 @night_options
 def generate(lake: Path, config: Path | None, as_json: bool, **options: Any) -> None:
     """Generate, verify and commit a night's rollouts, without mining or training."""

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from flows.commands.group import EXAMPLE, Commands, echomine
+from flows.commands.group import EXAMPLE, Commands, echomine, lake_command
 from flows.commands.output import note, print_counts
-from flows.options import common_options, format_option, json_option, section_options
+from flows.options import MODELS, format_option, run_option, section_options
 from pipeline.config import NightlyConfig, ScoreConfig, load_config
 from pipeline.errors import ConfigError, FormatError
 
@@ -29,10 +29,11 @@ def import_() -> None:
     """Bring rollouts from elsewhere into the lake."""
 
 
-@import_.command(
-    "rollouts",
+@lake_command(
     short_help="Import dumps of rollouts.",
-    epilog=EXAMPLE + "echomine import rollouts dumps/*.jsonl --tokenizer data/arith/model --score-with arith",
+    example="echomine import rollouts dumps/*.jsonl --tokenizer data/arith/model --score-with arith",
+    name="rollouts",
+    group=import_,
 )
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @format_option
@@ -46,8 +47,6 @@ def import_() -> None:
     metavar="MODEL",
     help="compute the entropies that the dumps lack: arith, smollm2 or a folder",
 )
-@common_options
-@json_option
 def import_rollouts(
     files: tuple[Path, ...],
     format_name: str | None,
@@ -120,14 +119,12 @@ def _refused(lake: Lake, done: Ingested, files: tuple[Path, ...]) -> FormatError
     )
 
 
-@echomine.command(
+@lake_command(
     short_help="Compute the entropies that rollouts lack.",
-    epilog=EXAMPLE + "echomine score --model data/arith/model",
+    example="echomine score --model data/arith/model",
 )
-@common_options
-@json_option
-@click.option("--model", help="arith, smollm2, or a Hugging Face model folder; default: the config's")
-@click.option("--run", "run_id", help="only rollouts of this run")
+@click.option("--model", help=f"{MODELS}; default: the config's")
+@run_option("rollouts")
 @click.option(
     "--rescore", is_flag=True, help="also rollouts that have entropies, unless this model's scoring gave them"
 )

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from flows.commands.group import EXAMPLE, echomine
+from flows.commands.group import lake_command
 from flows.commands.output import note, print_counts, print_json
-from flows.options import common_options, json_option
+from flows.options import VERIFIERS, night_option, run_option
 from pipeline.config import load_config
 from pipeline.errors import ConfigError
 
@@ -22,18 +22,13 @@ if TYPE_CHECKING:
     from pipeline.withdrawal import TouchedShard
 
 
-@echomine.command(
+@lake_command(
     short_help="Judge stored completions again; withdraw false successes.",
-    epilog=EXAMPLE + "echomine reverify --verifier math --night 2026-05-31 --json",
+    example="echomine reverify --verifier math --night 2026-05-31 --json",
 )
-@common_options
-@json_option
-@click.option(
-    "--verifier",
-    help="exact, math, reasoning_gym, or module:function; default: each rollout's own, if built in",
-)
-@click.option("--run", "run_id", help="only rollouts of this run")
-@click.option("--night", type=click.DateTime(["%Y-%m-%d"]), help="only rollouts of this night")
+@click.option("--verifier", help=f"{VERIFIERS}; default: each rollout's own, if built in")
+@run_option("rollouts")
+@night_option("only rollouts of this night")
 @click.option("--prompt", "prompt_id", help="only rollouts of the prompt with this id")
 def reverify(
     lake: Path,
@@ -109,12 +104,10 @@ def _print_shards(shards: Sequence[TouchedShard]) -> None:
         note("Copies of these shards elsewhere know nothing of it: copy withdrawn.json too, or export again.")
 
 
-@echomine.command(
+@lake_command(
     short_help="Remove prompts and all that came of them, for good.",
-    epilog=EXAMPLE + "echomine forget --prompt contaminated.jsonl --yes",
+    example="echomine forget --prompt contaminated.jsonl --yes",
 )
-@common_options
-@json_option
 @click.option(
     "--prompt",
     "names",

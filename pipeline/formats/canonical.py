@@ -8,7 +8,8 @@ policy_version 0, finish_reason stop, entropy_kind full_vocab, group_size the nu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ import pyarrow as pa
 
 from pipeline.errors import FormatError, nearest
 from pipeline.formats import named
-from pipeline.formats.json_lines import NO_OBJECT, first_object, numbered_lines
-from pipeline.formats.parquet_rows import column_names, parquet_tables
-from pipeline.formats.source_rows import SourceRow
+from pipeline.formats.json_lines import first_object
+from pipeline.formats.json_rows import json_lines
+from pipeline.formats.parquet_rows import column_names, parquet_rows, parquet_tables
+from pipeline.formats.source_rows import SourceRow, check_file
 from pipeline.importing import import_rollouts
 from pipeline.ingest import Ingested
 from pipeline.lake import Lake
@@ -38,19 +40,9 @@ def recognizes(path: Path) -> bool:
 def read(path: Path) -> Iterator[SourceRow]:
     """The rows of a file; see `source_rows.Format`."""
     check_files([path])
-    if path.suffix == ".parquet":
-        number = 0
-        for table in parquet_tables(path):
-            for row in table.to_pylist():
-                number += 1
-                yield SourceRow(f"{path.name}:{number}", row, _problem(row))
-        return
-    for number, row in numbered_lines(path):
-        source = f"{path.name}:{number}"
-        if isinstance(row, dict):
-            yield SourceRow(source, row, _problem(row))
-        else:
-            yield SourceRow(source, {"line": row}, NO_OBJECT)
+    rows = parquet_rows if path.suffix == ".parquet" else json_lines
+    for row in rows(path):
+        yield row if row.problem else replace(row, problem=_problem(row.values))
 
 
 def tables(path: Path) -> Iterator[pa.Table] | None:
@@ -67,8 +59,7 @@ def check_files(files: Sequence[Path]) -> None:
     Called before anything is written, so that a mistyped path costs nothing.
     """
     for path in files:
-        if not path.is_file():
-            raise FormatError(f"There is no file {path}. Check the path.")
+        check_file(path)
         if path.suffix not in SUFFIXES:
             raise FormatError(f"{path} is neither .parquet nor .jsonl. Convert it, or check the path.")
         if path.suffix != ".parquet":
@@ -95,7 +86,7 @@ def import_canonical(
     return import_rollouts(lake, [(path, named(NAME)) for path in files], tokenizer, progress).rows
 
 
-def _problem(row: dict[str, Any]) -> str | None:
+def _problem(row: Mapping[str, Any]) -> str | None:
     for name in REQUIRED:
         if name not in row:
             return f"column `{name}` is missing"

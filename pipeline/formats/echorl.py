@@ -15,11 +15,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import FormatError
-from pipeline.formats.fields import (
-    said,
-    short,
-    token_ids,
-)
+from pipeline.formats.fields import said, short, token_ids
 from pipeline.formats.json_rows import json_file, rollouts
 from pipeline.formats.source_rows import SourceRow
 from pipeline.hashing import content_id, file_sha256, ids_array

@@ -87,6 +87,11 @@ def mask(values: Any, name: str, length: int) -> list[bool]:
     return [bool(value) for value in values]
 
 
+def sampled_run(values: Any, name: str, length: int) -> tuple[int, int]:
+    """Start and end of the only run that a `mask` marks as sampled; see `one_run`."""
+    return one_run(mask(values, name, length), name)
+
+
 def one_run(flags: list[bool], what: str) -> tuple[int, int]:
     """Start and end of the only run of sampled tokens.
 
@@ -176,14 +181,15 @@ def truth(value: Any) -> str | None:
     return str(value)
 
 
-def utc_time(seconds: Any) -> datetime | None:
-    """Seconds since 1970 as a time, or None if they are no such number."""
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
-        return None
+def began(seconds: Any) -> dict[str, Any]:
+    """`created_at` and `night` of what began so many seconds after 1970; empty if that is no time."""
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds > 0:
+        return {}
     try:
-        return datetime.fromtimestamp(seconds, UTC) if seconds > 0 else None
+        time = datetime.fromtimestamp(seconds, UTC)
     except (ValueError, OverflowError, OSError):
-        return None
+        return {}
+    return {"created_at": time, "night": time.date()}
 
 
 def short(value: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.errors import FormatError
 from pipeline.formats.json_lines import NO_OBJECT, first_object, numbered_lines, parsed
-from pipeline.formats.source_rows import SourceRow
+from pipeline.formats.source_rows import SourceRow, check_file
 from pipeline.hashing import content_id
 
 
@@ -19,7 +19,7 @@ def json_lines(path: Path) -> Iterator[SourceRow]:
     Raises:
         FormatError: the file cannot be opened or read.
     """
-    _check(path)
+    check_file(path)
     for number, row in numbered_lines(path):
         source = f"{path.name}:{number}"
         if isinstance(row, dict):
@@ -34,7 +34,7 @@ def json_file(path: Path) -> Any:
     Raises:
         FormatError: the file cannot be read, or is no JSON.
     """
-    _check(path)
+    check_file(path)
     value = parsed(path.read_bytes())
     if isinstance(value, str):
         raise FormatError(f"{path} is no JSON in valid Unicode. Copy it again, or check the path.")
@@ -48,7 +48,7 @@ def first_row(path: Path) -> Mapping[str, Any]:
 
 def first_line_id(path: Path) -> str:
     """A name for a file that stays while lines are appended: the same groups occur in every training."""
-    _check(path)
+    check_file(path)
     with path.open("rb") as lines:
         return content_id(next((line for line in lines if line.strip()), b""))[:16]
 
@@ -89,8 +89,3 @@ def rollouts(
             yield SourceRow(row.source, made | versions.setdefault(name, version), assumed=assumed)
         except FormatError as error:
             yield SourceRow(row.source, {**row.values, **place}, str(error))
-
-
-def _check(path: Path) -> None:
-    if not path.is_file():
-        raise FormatError(f"There is no file {path}. Check the path.")

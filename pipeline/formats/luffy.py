@@ -6,16 +6,12 @@ on by default, and `target_ds_qwen_7b_probs` another model's probabilities, whic
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import FormatError
-from pipeline.formats.fields import (
-    content_text,
-    messages,
-    short,
-)
+from pipeline.formats.fields import content_text, short
 from pipeline.formats.prompt_files import columns, expert_rows
 from pipeline.formats.source_rows import SourceRow
 
@@ -28,23 +24,17 @@ def recognizes(path: Path) -> bool:
 
 
 def read(path: Path) -> Iterator[SourceRow]:
-    """Every row with its target; one without is refused, since it is a prompt and no rollout.
+    """Every row with its target.
 
     Raises:
         FormatError: the file is no whole Parquet file.
     """
-    yield from expert_rows(NAME, path, _values)
+    yield from expert_rows(NAME, path, "target", _values)
 
 
-def _values(row: Mapping[str, Any]) -> dict[str, Any]:
-    target = row.get("target")
-    if not target:
-        raise FormatError("the prompt has no target")
+def _values(prompt: list[dict[str, str]], target: Any) -> dict[str, Any]:
     if not isinstance(target, list) or not isinstance(target[0], dict):
         raise FormatError("`target` is no list of messages")
     if target[0].get("role") not in (None, "assistant"):
         raise FormatError(f"`target` is a message of {short(target[0]['role'])}, not of the assistant")
-    return {
-        "messages": messages(row.get("prompt"), "prompt"),
-        "completion": content_text(target[0].get("content"), "target"),
-    }
+    return {"messages": prompt, "completion": content_text(target[0].get("content"), "target")}

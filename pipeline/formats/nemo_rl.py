@@ -13,14 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import FormatError
-from pipeline.formats.fields import (
-    is_count,
-    mask,
-    one_run,
-    said,
-    short,
-    token_ids,
-)
+from pipeline.formats.fields import is_count, mask, one_run, said, short, token_ids
 from pipeline.formats.json_rows import first_line_id, first_row, json_lines, rollouts
 from pipeline.formats.source_rows import SourceRow
 from pipeline.hashing import content_id, ids_array

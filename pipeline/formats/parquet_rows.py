@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.errors import FormatError
+from pipeline.errors import FormatError, said
+from pipeline.formats.source_rows import SourceRow
 
 BATCH_BYTES = 16 << 20  # in memory, about; a row group may be larger than memory
 MAX_BATCH_ROWS = 8192
@@ -23,18 +24,30 @@ def column_names(path: Path) -> list[str] | None:
         return None
 
 
-def parquet_tables(path: Path) -> Iterator[pa.Table]:
+def parquet_rows(path: Path, columns: Collection[str] | None = None) -> Iterator[SourceRow]:
+    """The rows of a Parquet file as they stand; arguments and errors are those of `parquet_tables`."""
+    rows = (row for table in parquet_tables(path, columns) for row in table.to_pylist())
+    for number, row in enumerate(rows, start=1):
+        yield SourceRow(f"{path.name}:{number}", row)
+
+
+def parquet_tables(path: Path, columns: Collection[str] | None = None) -> Iterator[pa.Table]:
     """The rows of a Parquet file, as tables of bounded size.
+
+    Args:
+        columns: the names to read, of which the file may lack some; None: all that it has.
 
     Raises:
         FormatError: it is none, cut off, or damaged.
     """
     try:
         with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
-            for batch in file.iter_batches(batch_size=_batch_rows(file.metadata)):
+            names = file.schema_arrow.names
+            read = None if columns is None else [name for name in names if name in columns]
+            for batch in file.iter_batches(batch_size=_batch_rows(file.metadata), columns=read):
                 yield pa.Table.from_batches([batch])
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: a damaged column name
-        raise FormatError(f"{path} is no complete Parquet file: {error}. Copy it again.") from error
+        raise FormatError(f"{path} is no complete Parquet file: {said(error)}. Copy it again.") from error
 
 
 def _batch_rows(metadata: pq.FileMetaData) -> int:

@@ -13,9 +13,7 @@ from pathlib import Path
 
 from pipeline.errors import FormatError
 from pipeline.formats.annotations import annotated
-from pipeline.formats.fields import (
-    member,
-)
+from pipeline.formats.fields import member
 from pipeline.formats.json_rows import first_line_id, first_row, json_lines, rollouts
 from pipeline.formats.source_rows import SourceRow
 from pipeline.formats.traces import is_episode, trace_group, trace_values, traces

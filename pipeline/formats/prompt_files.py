@@ -7,15 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import FormatError
-from pipeline.formats.fields import (
-    member,
-    messages,
-    said,
-    truth,
-)
+from pipeline.formats.fields import member, messages, said, truth
 from pipeline.formats.json_rows import rollouts
-from pipeline.formats.parquet_rows import column_names, parquet_tables
-from pipeline.formats.source_rows import SourceRow
+from pipeline.formats.parquet_rows import column_names, parquet_rows
+from pipeline.formats.source_rows import SourceRow, check_file
 from pipeline.hashing import content_id, file_sha256
 
 _ASSUMED = "Experts' solutions carry no reward: each was held to be right, with the reward 1."
@@ -27,27 +22,35 @@ def columns(path: Path) -> list[str]:
 
 
 def expert_rows(
-    name: str, path: Path, values: Callable[[Mapping[str, Any]], dict[str, Any]]
+    name: str,
+    path: Path,
+    column: str,
+    values: Callable[[list[dict[str, str]], Any], dict[str, Any]],
 ) -> Iterator[SourceRow]:
-    """Each row as an expert's rollout; `values` gives prompt and completion, `name` is the format's.
+    """Each row as an expert's rollout. Rows of a file with the same prompt and ground truth are a group.
 
-    Rows of a file with the same prompt and ground truth are a group.
+    A row without a solution is refused, since it is a prompt and no rollout.
+
+    Args:
+        name: the format's.
+        column: where the solution stands.
+        values: makes the prompt and the completion of the prompt's messages and the solution.
 
     Raises:
         FormatError: the file is missing, or no whole Parquet file.
     """
-    if not path.is_file():
-        raise FormatError(f"There is no file {path}. Check the path.")
+    check_file(path)
     file = file_sha256(path)[:16]
 
     def group(row: Mapping[str, Any]) -> str:
-        asked = messages(row.get("prompt"), "prompt")
-        return f"{name}/{file}/{content_id(asked, _ground_truth(row))[:16]}"
+        return f"{name}/{file}/{content_id(_asked(row), _ground_truth(row))[:16]}"
 
     def with_source(row: Mapping[str, Any]) -> dict[str, Any]:
-        source = row.get("data_source")
+        solution, source = row.get(column), row.get("data_source")
+        if not solution:
+            raise FormatError(f"the prompt has no {column}")
         return said(
-            values(row)
+            values(_asked(row), solution)
             | {
                 "origin": "expert",
                 "reward": 1.0,  # nothing is said, and what is given to be learned is held to be right
@@ -56,14 +59,12 @@ def expert_rows(
             }
         )
 
-    yield from rollouts(_rows(path), group, with_source, _ASSUMED)
+    yield from rollouts(parquet_rows(path), group, with_source, _ASSUMED)
+
+
+def _asked(row: Mapping[str, Any]) -> list[dict[str, str]]:
+    return messages(row.get("prompt"), "prompt")
 
 
 def _ground_truth(row: Mapping[str, Any]) -> str | None:
     return truth(member(row, "reward_model").get("ground_truth"))
-
-
-def _rows(path: Path) -> Iterator[SourceRow]:
-    rows = (row for table in parquet_tables(path) for row in table.to_pylist())
-    for number, row in enumerate(rows, start=1):
-        yield SourceRow(f"{path.name}:{number}", row)

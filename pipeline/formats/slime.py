@@ -18,17 +18,16 @@ from pipeline.formats.fields import (
     is_count,
     items,
     known_messages,
-    mask,
     numbers,
-    one_run,
     per_token,
     said,
+    sampled_run,
     short,
     token_ids,
     truth,
 )
 from pipeline.formats.json_rows import rollouts
-from pipeline.formats.source_rows import SourceRow
+from pipeline.formats.source_rows import SourceRow, check_file
 from pipeline.hashing import file_sha256
 
 NAME = "slime"
@@ -81,8 +80,7 @@ def read(path: Path) -> Iterator[SourceRow]:
 def _loaded(path: Path) -> Any:
     import torch
 
-    if not path.is_file():
-        raise FormatError(f"There is no file {path}. Check the path.")
+    check_file(path)
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -135,7 +133,7 @@ def _sampled(flags: Any, length: int) -> tuple[int, int]:
     """Where the sampled tokens of the response are: all of them without a loss mask."""
     if flags is None:
         return 0, length
-    start, end = one_run(mask(flags, "loss_mask", length), "loss_mask")
+    start, end = sampled_run(flags, "loss_mask", length)
     if start:
         raise FormatError("several sampled turns: the response starts with tokens that were not sampled")
     return start, end

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from pipeline.errors import FormatError
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
@@ -61,3 +63,9 @@ class ColumnarFormat(Protocol):
         Columns are named as in `SourceRow.values`; `problem`, where there is one, is as there. The n-th
         row is the source `file:n`.
         """
+
+
+def check_file(path: Path) -> None:
+    """Raises FormatError if there is no such file."""
+    if not path.is_file():
+        raise FormatError(f"There is no file {path}. Check the path.")

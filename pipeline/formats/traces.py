@@ -13,20 +13,19 @@ from typing import Any
 
 from pipeline.errors import FormatError
 from pipeline.formats.fields import (
+    began,
     is_count,
     items,
     known_messages,
-    mask,
     member,
     messages,
     number,
-    one_run,
     per_token,
     said,
+    sampled_run,
     sampled_text,
     token_ids,
     truth,
-    utc_time,
 )
 from pipeline.formats.source_rows import SourceRow
 
@@ -99,7 +98,6 @@ def trace_values(row: Mapping[str, Any]) -> dict[str, Any]:
     calls = [call for call in items(trace, "calls") if isinstance(call, dict) and not call.get("error")]
     cut = trace.get("stop_condition") in CUT_SHORT or (calls and calls[-1].get("finish_reason") == "length")
     reward, parts = _reward(member(trace, "rewards"))
-    started = utc_time(member(trace, "timing").get("start"))
     data = member(member(trace, "task"), "data")
     policy = member(member(member(episode, "run"), "work"), "policy")
     call = calls[-1] if calls else {}
@@ -117,8 +115,7 @@ def trace_values(row: Mapping[str, Any]) -> dict[str, Any]:
             "data_source": _name(member(episode, "env")),
             "verifier": _name(member(episode, "env")),
             "verifier_version": _build(member(trace, "verifiers")),
-            "created_at": started,
-            "night": started.date() if started else None,
+            **began(member(trace, "timing").get("start")),
         }
     )
 
@@ -166,7 +163,7 @@ def _tokens_or_text(path: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         }
     prompt_ids = [token for node in path[:-1] for token in token_ids(items(node, "token_ids"), "token_ids")]
     ids = token_ids(last["token_ids"], "token_ids")
-    start, end = one_run(mask(last.get("mask"), "mask", len(ids)), "mask")
+    start, end = sampled_run(last.get("mask"), "mask", len(ids))
     entropies = per_token(last.get("entropies"), "entropies", end - start)
     return {
         "messages": known_messages([node.get("message") for node in path[:-1]], "nodes"),

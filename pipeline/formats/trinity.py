@@ -15,20 +15,10 @@ from typing import Any
 
 from pipeline.errors import FormatError
 from pipeline.errors import said as said_by
-from pipeline.formats.fields import (
-    flat,
-    is_count,
-    mask,
-    member,
-    one_run,
-    per_token,
-    said,
-    short,
-    token_ids,
-)
+from pipeline.formats.fields import flat, is_count, member, per_token, said, sampled_run, short, token_ids
 from pipeline.formats.json_rows import rollouts
 from pipeline.formats.pickled import read_pickle
-from pipeline.formats.source_rows import SourceRow
+from pipeline.formats.source_rows import SourceRow, check_file
 from pipeline.hashing import content_id
 
 NAME = "trinity"
@@ -56,8 +46,7 @@ def read(path: Path) -> Iterator[SourceRow]:
     Raises:
         FormatError: the file is no such database, or is damaged.
     """
-    if not path.is_file():
-        raise FormatError(f"There is no file {path}. Check the path.")
+    check_file(path)
     try:
         with closing(_connection(path)) as connection:
             query = _query(connection, path)
@@ -146,11 +135,7 @@ def _values(row: Mapping[str, Any]) -> dict[str, Any]:
         raise FormatError(f"`prompt_length` is {short(start)} for {len(ids)} tokens")
     completion = ids[start:]
     flags = experience.get("action_mask")
-    first, end = (
-        (0, len(completion))
-        if flags is None
-        else one_run(mask(flags, "action_mask", len(completion)), "action_mask")
-    )
+    first, end = (0, len(completion)) if flags is None else sampled_run(flags, "action_mask", len(completion))
     logprobs = per_token(experience.get("logprobs"), "logprobs", len(completion))
     version, prompt = row.get("model_version"), row.get("prompt") or experience.get("prompt_text")
     return said(

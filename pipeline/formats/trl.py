@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from pipeline.errors import FormatError, nearest
 from pipeline.formats.parquet_rows import column_names, parquet_tables
-from pipeline.formats.source_rows import SourceRow
+from pipeline.formats.source_rows import SourceRow, check_file
 from pipeline.hashing import content_id, file_sha256
 
 NAME = "trl"
@@ -35,15 +35,13 @@ def recognizes(path: Path) -> bool:
 
 def read(path: Path) -> Iterator[SourceRow]:
     """The rows of a file; see `source_rows.Format`."""
-    names = column_names(path) if path.is_file() else []
+    check_file(path)
+    names = column_names(path)
     if names is None:
         next(parquet_tables(path))  # says what is wrong with it
     needed = [name for name in REQUIRED if name not in (names or [])]
-    if not names or needed:
-        raise FormatError(
-            f"There is no file {path}. Check the path." if not path.is_file() else
-            f"{path} has no column `{needed[0]}`: {nearest(needed[0], names or [])}"
-        )  # fmt: skip
+    if needed:
+        raise FormatError(f"{path} has no column `{needed[0]}`: {nearest(needed[0], names or [])}")
     return _rows(path)
 
 

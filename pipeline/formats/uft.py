@@ -5,14 +5,11 @@ Its trainer reads the first message's content without a chat template, and the p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import FormatError
-from pipeline.formats.fields import (
-    messages,
-)
 from pipeline.formats.prompt_files import columns, expert_rows
 from pipeline.formats.source_rows import SourceRow
 
@@ -25,18 +22,15 @@ def recognizes(path: Path) -> bool:
 
 
 def read(path: Path) -> Iterator[SourceRow]:
-    """Every row with its hint; one without is refused, since it is a prompt and no rollout.
+    """Every row with its hint.
 
     Raises:
         FormatError: the file is no whole Parquet file.
     """
-    yield from expert_rows(NAME, path, _values)
+    yield from expert_rows(NAME, path, "hint", _values)
 
 
-def _values(row: Mapping[str, Any]) -> dict[str, Any]:
-    hint = row.get("hint")
-    if not hint:
-        raise FormatError("the prompt has no hint")
+def _values(prompt: list[dict[str, str]], hint: Any) -> dict[str, Any]:
     if not isinstance(hint, list) or not all(isinstance(piece, str) for piece in hint):
         raise FormatError("`hint` is no list of texts")
-    return {"prompt_text": messages(row.get("prompt"), "prompt")[0]["content"], "completion": "".join(hint)}
+    return {"prompt_text": prompt[0]["content"], "completion": "".join(hint)}

@@ -12,19 +12,18 @@ from typing import Any
 
 from pipeline.errors import FormatError
 from pipeline.formats.fields import (
+    began,
     items,
     known_messages,
-    mask,
     member,
     messages,
     numbers,
-    one_run,
     per_token,
     said,
+    sampled_run,
     sampled_text,
     token_ids,
     truth,
-    utc_time,
 )
 from pipeline.formats.json_rows import first_line_id, first_row, json_lines, rollouts
 from pipeline.formats.source_rows import SourceRow
@@ -70,7 +69,6 @@ def _values(row: Mapping[str, Any]) -> dict[str, Any]:
         raise FormatError(f"the rollout failed: {kind!s:.120}")
     if row.get("is_completed") is False:
         raise FormatError("the rollout did not complete, so its reward says nothing")
-    started = utc_time(member(row, "timing").get("start_time"))
     task = row.get("task")
     return said(
         (_tokens(row) if row.get("trajectory") else _text(row))
@@ -80,8 +78,7 @@ def _values(row: Mapping[str, Any]) -> dict[str, Any]:
             "finish_reason": "length" if row.get("is_truncated") else "stop",
             "ground_truth": truth(row.get("answer")),
             "data_source": task if isinstance(task, str) and task else None,
-            "created_at": started,
-            "night": started.date() if started else None,
+            **began(member(row, "timing").get("start_time")),
         }
     )
 
@@ -100,7 +97,7 @@ def _tokens(row: Mapping[str, Any]) -> dict[str, Any]:
             if tokens.get("overlong_prompt")
             else "nothing was sampled: completion_ids is empty"
         )
-    start, end = one_run(mask(tokens.get("completion_mask"), "completion_mask", len(ids)), "completion_mask")
+    start, end = sampled_run(tokens.get("completion_mask"), "completion_mask", len(ids))
     if start:
         raise FormatError("several sampled turns: the completion starts with tokens that were not sampled")
     logprobs = per_token(tokens.get("completion_logprobs"), "completion_logprobs", len(ids))

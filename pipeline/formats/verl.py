@@ -18,9 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import FormatError
 from pipeline.formats.json_lines import NO_OBJECT, first_object, numbered_lines
-from pipeline.formats.source_rows import SourceRow
+from pipeline.formats.source_rows import SourceRow, check_file
 from pipeline.hashing import content_id, file_sha256
 
 NAME = "verl"
@@ -37,8 +36,7 @@ def recognizes(path: Path) -> bool:
 
 def read(path: Path) -> Iterator[SourceRow]:
     """The rows of a file; see `source_rows.Format`."""
-    if not path.is_file():
-        raise FormatError(f"There is no file {path}. Check the path.")
+    check_file(path)
     # The same prompt and step occur in every training, so the file itself tells groups apart.
     file = file_sha256(path)
     rows = (_row(f"{path.name}:{number}", row, file) for number, row in numbered_lines(path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +28,13 @@ def lake(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert main(["mine", "--lake", str(folder / "lake")]) == 0
     return folder / "lake"
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """Of a command with a Prefect home of its own and no server to share."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    return clean | {"PREFECT_HOME": str(tmp_path / "prefect"), "PYTHONUNBUFFERED": "1"}
 
 
 @pytest.fixture

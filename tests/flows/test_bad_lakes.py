@@ -8,7 +8,6 @@ import resource
 import shutil
 import socket
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from nights import ECHOMINE, rows
 
 from flows.cli import main
 from pipeline import schema
-from pipeline.lake import Lake
-
-ECHOMINE = Path(sys.executable).with_name("echomine")
 
 
 @pytest.fixture
@@ -43,11 +40,6 @@ def import_dump(
 
 def into(lake: Path) -> list[str]:
     return ["--tokenizer", str(dumps.MODEL), "--lake", str(lake)]
-
-
-def rows(lake: Path, query: str) -> list[dict[str, Any]]:
-    with Lake.open(lake).reader() as reader:
-        return reader.rows(query)
 
 
 def says(line: str, *parts: object) -> None:

@@ -15,12 +15,12 @@ from pathlib import Path
 import click
 import dumps
 import pytest
+from nights import ECHOMINE
 
 from flows.cli import main
 from flows.commands.group import echomine
 from pipeline.lake import Lake
 
-ECHOMINE = Path(sys.executable).with_name("echomine")
 ORDER = [
     *("nightly", "generate", "score", "import", "mine", "export", "train"),
     *("sql", "report", "audit", "reverify", "forget", "init", "maintain", "doctor"),
@@ -165,9 +165,7 @@ def test_generated_rollouts_are_counted_once(tmp_path, capfd):
 
 def test_a_reader_that_leaves_early_gets_no_traceback(new_lake):
     query = "select range as n from range(500000)"
-    command = (
-        f"{shlex.quote(str(ECHOMINE))} sql {shlex.quote(query)} --format csv --lake {new_lake} | head -1"
-    )
+    command = f"{shlex.quote(ECHOMINE)} sql {shlex.quote(query)} --format csv --lake {new_lake} | head -1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
     assert (done.stdout, done.stderr) == ("n\n", "")
 

@@ -11,42 +11,16 @@ from pathlib import Path
 
 import httpx
 import pytest
-
-from pipeline.lake import Lake
+from nights import ECHOMINE, night_config, rows
 
 pytestmark = pytest.mark.slow
 
-ECHOMINE = str(Path(sys.executable).with_name("echomine"))
 PROJECT = Path(__file__).parents[2]
-
-CONFIG = """
-max_prompts = 24
-night = "2026-05-31"
-[sampling]
-group_size = 4
-max_tokens = 64
-[engine]
-batch_rollouts = 16
-[train]
-optim_steps = 2
-prompts_per_step = 2
-group_size = 4
-clips_per_step = 4
-"""
-
-
-@pytest.fixture
-def environment(tmp_path):
-    """A Prefect home of its own and no server to share."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-    return clean | {"PREFECT_HOME": str(tmp_path / "prefect"), "PYTHONUNBUFFERED": "1"}
 
 
 @pytest.fixture
 def config(tmp_path):
-    path = tmp_path / "night.toml"
-    path.write_text(CONFIG)
-    return path
+    return night_config(tmp_path / "night.toml", optim_steps=2)
 
 
 @contextmanager
@@ -63,11 +37,6 @@ def kill(process):
     with suppress(ProcessLookupError):  # it ended by itself
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-
-
-def rows(lake, sql):
-    with Lake.open(lake).reader() as reader:
-        return reader.rows(sql)
 
 
 def wait_until(condition, seconds, process, log):

@@ -5,6 +5,7 @@ from datetime import date
 
 import pytest
 from filelock import FileLock
+from nights import rows
 from prefect.testing.utilities import prefect_test_harness
 
 from flows import tasks
@@ -40,11 +41,6 @@ def done(tmp_path_factory):
     """A finished night and its lake."""
     lake = tmp_path_factory.mktemp("night") / "lake"
     return nightly(config(), lake), lake
-
-
-def rows(lake, sql):
-    with Lake.open(lake).reader() as reader:
-        return reader.rows(sql)
 
 
 def test_a_night_leaves_rollouts_clips_shards_a_checkpoint_and_a_report(done):

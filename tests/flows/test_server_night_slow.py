@@ -1,50 +1,22 @@
 """A night whose rollouts come from a real `vllm serve`, as a user runs it."""
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-from pipeline.lake import Lake
+from nights import ECHOMINE, night_config, rows
 
 pytestmark = pytest.mark.slow
 
-ECHOMINE = str(Path(sys.executable).with_name("echomine"))
 POLICY = "from rollouts where origin = 'policy'"
 
 
-def config(url: str) -> str:
-    return f"""
-    max_prompts = 24
-    night = "2026-05-31"
-    [sampling]
-    group_size = 4
-    max_tokens = 64
-    [engine]
-    kind = "server"
-    batch_rollouts = 16
-    [engine.server]
-    endpoints = ["{url}"]
-    [train]
-    optim_steps = 1
-    prompts_per_step = 2
-    group_size = 4
-    clips_per_step = 4
-    """
-
-
-def rows(lake: Path, sql: str) -> list[dict]:
-    with Lake.open(lake).reader() as reader:
-        return reader.rows(sql)
-
-
-def test_a_night_on_a_server_is_scored_mined_and_generated_once(arith_server: str, tmp_path: Path) -> None:
-    lake, settings = tmp_path / "lake", tmp_path / "night.toml"
-    settings.write_text(config(arith_server))
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-    environment = clean | {"PREFECT_HOME": str(tmp_path / "prefect")}
+def test_a_night_on_a_server_is_scored_mined_and_generated_once(
+    arith_server: str, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    lake = tmp_path / "lake"
+    server = f'kind = "server"\nserver.endpoints = ["{arith_server}"]\n'
+    settings = night_config(tmp_path / "night.toml", optim_steps=1, engine=server)
 
     def echomine(command: str) -> str:
         arguments = [ECHOMINE, command, "--config", str(settings), "--lake", str(lake)]

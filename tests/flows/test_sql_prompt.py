@@ -9,7 +9,6 @@ import select
 import stat
 import struct
 import subprocess
-import sys
 import termios
 import time
 from collections.abc import Iterator
@@ -18,8 +17,8 @@ from pathlib import Path
 import pytest
 from attempts import EXTENSIONS, FILES, NETWORK, WRITES
 from folder_contents import contents
+from nights import ECHOMINE
 
-ECHOMINE = Path(sys.executable).with_name("echomine")
 PROMPT = "lake>"
 CTRL_C, CTRL_D, UP = "\x03", "\x04", "\x1b[A"
 ENDLESS = "select sum(a.range * b.range) from range(10000000) as a, range(10000000) as b;"

@@ -8,6 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from pipeline.formats import areal, echorl, luffy, nemo_rl, prime_rl, slime, trinity, uft, verifiers
 from pipeline.formats.source_rows import SourceRow
 
@@ -55,6 +58,12 @@ def values(rows: Sequence[SourceRow]) -> list[dict[str, Any]]:
 def write_lines(path: Path, rows: Sequence[Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    """The rows as a Parquet file."""
+    pq.write_table(pa.Table.from_pylist(list(rows)), path)
     return path
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from foreign_dumps import write_lines, write_rows
 from sample_lake import EOS_ID, character_tokenizer
 
 from pipeline.config import MiningConfig
@@ -25,6 +23,7 @@ from pipeline.tokenization import tokenizer_hash
 
 TOKENIZER = character_tokenizer()
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "echoclip.json").read_text())
+WRITERS = [(write_lines, "jsonl"), (write_rows, "parquet")]
 
 
 def dumped(group_id: str, sample_index: int, text: str = "4\n#2", **changes: Any) -> dict[str, Any]:
@@ -40,16 +39,6 @@ def dumped(group_id: str, sample_index: int, text: str = "4\n#2", **changes: Any
     } | changes
 
 
-def jsonl(path: Path, rows: Sequence[Any]) -> Path:
-    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def parquet(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
-    pq.write_table(pa.Table.from_pylist(list(rows)), path)
-    return path
-
-
 def taken(lake: Lake, *files: Path) -> Ingested:
     return import_canonical(lake, files, TOKENIZER)
 
@@ -59,9 +48,9 @@ def rows_of(lake: Lake, sql: str) -> list[dict[str, Any]]:
         return reader.rows(sql)
 
 
-@pytest.mark.parametrize("write", [jsonl, parquet])
-def test_the_required_columns_are_enough_and_the_rest_has_its_default(lake, tmp_path, write) -> None:
-    path = write(tmp_path / f"dump.{write.__name__}", [dumped("a", 0), dumped("a", 1, "#2")])
+@pytest.mark.parametrize(("write", "suffix"), WRITERS)
+def test_the_required_columns_are_enough_and_the_rest_has_its_default(lake, tmp_path, write, suffix) -> None:
+    path = write(tmp_path / f"dump.{suffix}", [dumped("a", 0), dumped("a", 1, "#2")])
     assert taken(lake, path) == Ingested(written=2)
     first, second = rows_of(lake, "select * from rollouts order by sample_index")
     defaults = {"origin": "policy", "policy_version": 0, "finish_reason": "stop", "group_size": 2}
@@ -78,7 +67,7 @@ def test_what_a_dump_says_is_kept(lake: Lake, tmp_path: Path) -> None:
     said = {"policy_version": 7, "night": "2026-02-03", "created_at": "2026-02-03T04:05:06+01:00"}
     said |= {"model": "big", "group_size": 5, "finish_reason": "length", "reward_parts": {"format": 0.5}}
     said |= {"step_ends": [1, 5], "entropy_kind": "rescored", "run_id": "mine", "temperature": 0.6}
-    taken(lake, jsonl(tmp_path / "dump.jsonl", [dumped("a", 0, **said)]))
+    taken(lake, write_lines(tmp_path / "dump.jsonl", [dumped("a", 0, **said)]))
     (row,) = rows_of(lake, "select * from rollouts")
     same = ("policy_version", "model", "group_size", "finish_reason", "step_ends", "entropy_kind", "run_id")
     assert {name: row[name] for name in same} == {name: said[name] for name in same}
@@ -88,21 +77,21 @@ def test_what_a_dump_says_is_kept(lake: Lake, tmp_path: Path) -> None:
 
 
 def test_importing_twice_changes_nothing(lake: Lake, tmp_path: Path) -> None:
-    path = jsonl(tmp_path / "dump.jsonl", [dumped("a", 0), dumped("a", 1), "cut o\n"])
+    path = write_lines(tmp_path / "dump.jsonl", [dumped("a", 0), dumped("a", 1), "cut o\n"])
     assert taken(lake, path) == Ingested(written=2, refused=1)
     assert taken(lake, path) == Ingested(known=2, refused=1)
     assert rows_of(lake, "select count(*) as n from quarantine") == [{"n": 1}]
 
 
 def test_the_same_file_named_twice_makes_no_group_larger(lake: Lake, tmp_path: Path) -> None:
-    path = jsonl(tmp_path / "dump.jsonl", [dumped("a", 0), dumped("a", 1)])
+    path = write_lines(tmp_path / "dump.jsonl", [dumped("a", 0), dumped("a", 1)])
     assert taken(lake, path, path) == Ingested(written=2, known=2)
     assert mine(lake, MiningConfig()).groups == {"all_success": 1}
 
 
 def test_groups_may_lie_scattered_over_files_of_both_kinds(lake: Lake, tmp_path: Path) -> None:
-    first = jsonl(tmp_path / "one.jsonl", [dumped("a", 0), dumped("b", 0), dumped("a", 1)])
-    second = parquet(tmp_path / "two.parquet", [dumped("b", 1), dumped("a", 2)])
+    first = write_lines(tmp_path / "one.jsonl", [dumped("a", 0), dumped("b", 0), dumped("a", 1)])
+    second = write_rows(tmp_path / "two.parquet", [dumped("b", 1), dumped("a", 2)])
     assert taken(lake, first, second) == Ingested(written=5)
     sizes = rows_of(lake, "select distinct group_id, group_size from rollouts order by 1")
     assert [tuple(row.values()) for row in sizes] == [("a", 3), ("b", 2)]
@@ -111,7 +100,7 @@ def test_groups_may_lie_scattered_over_files_of_both_kinds(lake: Lake, tmp_path:
 def test_a_text_prompt_is_tokenized_and_kept(lake: Lake, tmp_path: Path) -> None:
     row = dumped("a", 0, prompt="2+2?", ground_truth=4)
     del row["prompt_ids"]
-    taken(lake, jsonl(tmp_path / "dump.jsonl", [row]))
+    taken(lake, write_lines(tmp_path / "dump.jsonl", [row]))
     prompt = Prompt(({"role": "user", "content": "2+2?"},), "4")
     (found,) = rows_of(lake, "select prompt_id, prompt_ids from rollouts")
     assert found == {"prompt_id": prompt.prompt_id, "prompt_ids": TOKENIZER("2+2?")["input_ids"]}
@@ -124,7 +113,7 @@ def test_experts_and_rows_without_entropies_enter_and_yield_no_clip(lake: Lake, 
     unscored = {"completion_entropies": None}
     rows = [dumped("a", 0), dumped("a", 1), dumped("a", 2, "#3", origin="expert", reward=0.0)]
     rows += [dumped("b", 0, **unscored), dumped("b", 1)]
-    taken(lake, jsonl(tmp_path / "dump.jsonl", rows))
+    taken(lake, write_lines(tmp_path / "dump.jsonl", rows))
     assert rows_of(lake, "select distinct group_size from rollouts") == [{"group_size": 2}]
     mined = mine(lake, MiningConfig())
     assert (mined.groups, mined.clips, mined.dropped) == ({"all_success": 2}, 1, {"unscored": 1})
@@ -162,7 +151,9 @@ BAD_ROWS = [
 
 
 def test_every_bad_row_is_quarantined_with_file_and_line_and_the_rest_proceeds(lake, tmp_path) -> None:
-    path = jsonl(tmp_path / "dump.jsonl", [dumped("a", 0), *(row for row, _ in BAD_ROWS), dumped("b", 0)])
+    path = write_lines(
+        tmp_path / "dump.jsonl", [dumped("a", 0), *(row for row, _ in BAD_ROWS), dumped("b", 0)]
+    )
     assert taken(lake, path) == Ingested(written=2, refused=len(BAD_ROWS))
     reasons = {row["source"]: row["reason"] for row in rows_of(lake, "select source, reason from quarantine")}
     assert len(reasons) == len(BAD_ROWS)
@@ -171,10 +162,10 @@ def test_every_bad_row_is_quarantined_with_file_and_line_and_the_rest_proceeds(l
     assert mine(lake, MiningConfig()).groups == {"incomplete": 2}
 
 
-@pytest.mark.parametrize("write", [jsonl, parquet])
-def test_a_name_with_a_nul_is_refused_and_one_with_a_quote_is_not(lake, tmp_path, write) -> None:
+@pytest.mark.parametrize(("write", "suffix"), WRITERS)
+def test_a_name_with_a_nul_is_refused_and_one_with_a_quote_is_not(lake, tmp_path, write, suffix) -> None:
     names = ["a\0b", "it's", "c"]
-    path = write(tmp_path / f"dump.{write.__name__}", [dumped(name, 0, run_id=name) for name in names])
+    path = write(tmp_path / f"dump.{suffix}", [dumped(name, 0, run_id=name) for name in names])
     assert taken(lake, path) == Ingested(written=2, refused=1)
     assert taken(lake, path) == Ingested(known=2, refused=1)
     assert rows_of(lake, "select run_id from rollouts order by all") == [{"run_id": "c"}, {"run_id": "it's"}]
@@ -183,10 +174,10 @@ def test_a_name_with_a_nul_is_refused_and_one_with_a_quote_is_not(lake, tmp_path
 
 
 def test_a_file_that_cannot_be_read_whole_is_refused_before_anything_is_written(lake, tmp_path) -> None:
-    good = jsonl(tmp_path / "good.jsonl", [dumped("a", 0)])
+    good = write_lines(tmp_path / "good.jsonl", [dumped("a", 0)])
     lacking = dumped("a", 0)
     lacking["completion_entropy"] = lacking.pop("completion_entropies")
-    cut = parquet(tmp_path / "cut.parquet", [dumped("a", 0)])
+    cut = write_rows(tmp_path / "cut.parquet", [dumped("a", 0)])
     cut.write_bytes(cut.read_bytes()[:-30])
     (tmp_path / "dump.csv").write_text("")
     mistakes = [
@@ -194,7 +185,7 @@ def test_a_file_that_cannot_be_read_whole_is_refused_before_anything_is_written(
         (tmp_path / "dump.csv", r"neither \.parquet nor \.jsonl"),
         (cut, "is no complete Parquet file"),
         (
-            parquet(tmp_path / "lacks.parquet", [lacking]),
+            write_rows(tmp_path / "lacks.parquet", [lacking]),
             "no column `completion_entropies`: did you mean `completion_entropy`",
         ),
     ]
@@ -212,7 +203,7 @@ def test_golden_groups_brought_by_import_are_mined_alike(lake: Lake, tmp_path: P
             row = rollout | {"group_id": group_id, "prompt_ids": [1], "completion_ids": ids}
             row["completion_entropies"] = row.pop("entropies")
             rows.append(row)
-    assert taken(lake, jsonl(tmp_path / "golden.jsonl", rows)) == Ingested(written=len(rows))
+    assert taken(lake, write_lines(tmp_path / "golden.jsonl", rows)) == Ingested(written=len(rows))
     for case in (GOLDEN["mining"][0], GOLDEN["mining"][2]):
         mined = mine(lake, MiningConfig(**case["options"]))
         assert (mined.groups, mined.dropped) == (case["groups"], case["dropped"])

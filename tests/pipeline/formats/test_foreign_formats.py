@@ -7,10 +7,8 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from foreign_dumps import DUMPS, FILES, FORMATS, JSON_LINES, damaged, lines, read, write_lines
+from foreign_dumps import DUMPS, FILES, FORMATS, JSON_LINES, damaged, lines, read, write_lines, write_rows
 from sample_lake import character_tokenizer
 
 from pipeline.errors import FormatError
@@ -53,7 +51,7 @@ def test_a_dump_is_imported_whole_and_the_second_time_changes_nothing(lake, name
 def test_files_of_other_kinds_are_nobodys(tmp_path: Path, row: Any) -> None:
     paths = [write_lines(tmp_path / "dump.jsonl", [row]), tmp_path / "dump.json", tmp_path / "dump.parquet"]
     paths[1].write_text(json.dumps(row))
-    pq.write_table(pa.Table.from_pylist([row if isinstance(row, dict) and row else {"x": 1}]), paths[2])
+    write_rows(paths[2], [row if isinstance(row, dict) and row else {"x": 1}])
     for name, content in (("dump.pt", b"PK\3\4"), ("dump.db", b"SQLite format 3\0"), ("empty.jsonl", b"")):
         (tmp_path / name).write_bytes(content)
         paths.append(tmp_path / name)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from foreign_dumps import DUMPS, FORMATS, read, values
+from foreign_dumps import DUMPS, FORMATS, read, values, write_rows
 
 from pipeline.errors import FormatError
 
@@ -18,8 +17,7 @@ TARGET = [{"role": "assistant", "content": "4"}, {"role": "assistant", "content"
 
 
 def written(tmp_path: Path, *rows: dict[str, Any]) -> Path:
-    pq.write_table(pa.Table.from_pylist(list(rows)), tmp_path / "luffy.parquet")
-    return tmp_path / "luffy.parquet"
+    return write_rows(tmp_path / "luffy.parquet", rows)
 
 
 def test_a_target_is_the_completion_of_an_expert() -> None:

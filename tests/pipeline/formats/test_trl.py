@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from foreign_dumps import write_rows
 
 from pipeline.errors import FormatError
 from pipeline.formats import trl
@@ -64,10 +64,10 @@ def test_a_rollout_that_no_reward_function_judged_is_refused_and_several_message
 ) -> None:
     unjudged = pq.read_table(TEXT[0]).to_pylist()
     unjudged[0] |= {"correct": float("nan")}
-    pq.write_table(pa.Table.from_pylist(unjudged), tmp_path / "unjudged.parquet")
+    write_rows(tmp_path / "unjudged.parquet", unjudged)
     talk = pq.read_table(MESSAGES[0]).to_pylist()
     talk[1]["completion"] *= 2
-    pq.write_table(pa.Table.from_pylist(talk), tmp_path / "talk.parquet")
+    write_rows(tmp_path / "talk.parquet", talk)
     done = taken(lake, tmp_path / "unjudged.parquet", tmp_path / "talk.parquet")
     assert done.rows == Ingested(written=6, refused=2)
     with lake.reader() as reader:

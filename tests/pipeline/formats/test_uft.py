@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from foreign_dumps import read
+from foreign_dumps import read, write_rows
 
 FILE = "experts/uft.parquet"
 
@@ -41,5 +39,5 @@ def test_a_prompt_without_a_hint_is_refused() -> None:
     ],
 )
 def test_rows_of_other_types_are_refused(tmp_path: Path, row: dict[str, Any], problem: str) -> None:
-    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "uft.parquet")
-    assert [found.problem for found in read("uft", tmp_path / "uft.parquet")] == [problem]
+    (found,) = read("uft", write_rows(tmp_path / "uft.parquet", [row]))
+    assert found.problem == problem
