@@ -31,10 +31,17 @@ def macros() -> tuple[str, ...]:
 
 
 @cache
-def views() -> tuple[str, ...]:
-    """A `create temp view` for each file of `sql/views/`, in the order of their numbers."""
+def views() -> dict[str, str]:
+    """A `create temp view` for each file of `sql/views/` by its name, in the order of their numbers."""
     files = sorted((SQL_FOLDER / "views").glob("*.sql"))
-    return tuple(f'create or replace temp view "{_relation(f)}" as {f.read_text()}' for f in files)
+    return {_relation(f): f'create or replace temp view "{_relation(f)}" as {f.read_text()}' for f in files}
+
+
+@cache
+def relations_of(sql: str) -> frozenset[str]:
+    """The names behind each `from` and `join` of `sql`, outside comments; common table expressions too."""
+    code = re.sub(r"--[^\n]*", "", sql)
+    return frozenset(re.findall(r'\b(?:from|join)\s+"?(\w+)', code, re.IGNORECASE))
 
 
 @cache
