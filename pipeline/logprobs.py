@@ -68,8 +68,10 @@ def token_logprobs_and_entropies(
         targets: [N] int64.
         bias: [V].
         temperature: of the distribution that the log-probs belong to.
-        entropy_temperature: of the distribution that the entropies belong to.
-        differentiable_entropies: let gradients through the entropies as well.
+        entropy_temperature: of the distribution that the entropies belong to: 1 for those of the lake and of
+            metrics, the sampling temperature for an entropy bonus as verl takes it.
+        differentiable_entropies: let gradients through the entropies as well, for objectives with an entropy
+            bonus (UFT, LUFFY).
         chunk_logits: how many logits exist at once; by default what suits the device.
 
     Returns:
@@ -87,7 +89,6 @@ def completion_logprobs(
     *,
     temperature: float = 1.0,
     precise: bool = False,
-    chunk_logits: int | None = None,
 ) -> TokenStats:
     """Teacher-forced log-probs and entropies of each row's completion tokens, in one forward pass.
 
@@ -110,9 +111,7 @@ def completion_logprobs(
     states = last_states(model, input_ids, precise=precise, use_cache=False).flatten(0, 1)
     predicting_states = states.index_select(0, torch.as_tensor(predicting, device=model.device))
     targets = np.concatenate([completion for _, completion in rows])
-    return head_stats(
-        model, predicting_states, targets, lengths, temperature=temperature, chunk_logits=chunk_logits
-    )
+    return head_stats(model, predicting_states, targets, lengths, temperature=temperature)
 
 
 def last_states(
@@ -143,7 +142,6 @@ def head_stats(
     lengths: NDArray[np.int64],
     *,
     temperature: float = 1.0,
-    chunk_logits: int | None = None,
 ) -> TokenStats:
     """What the output embedding makes of [N, H] states, each of which predicts one of N targets."""
     head, _ = _head_and_decoder(model)
@@ -153,7 +151,6 @@ def head_stats(
         torch.as_tensor(targets.astype(np.int64), device=states.device),
         bias=getattr(head, "bias", None),
         temperature=temperature,
-        chunk_logits=chunk_logits,
     )
     return TokenStats(logprobs, entropies, torch.as_tensor(lengths, device=states.device))
 
