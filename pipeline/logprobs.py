@@ -213,16 +213,18 @@ def _check_rows(model: PreTrainedModel, rows: Sequence[Row]) -> None:
     for prompt_ids, completion_ids in rows:
         if not len(prompt_ids):
             raise FormatError(
-                "A row has no prompt tokens, so nothing predicts its first token. Drop the row."
+                "A row has no prompt tokens, so nothing predicts its first token. Leave it out."
             )
         if len(prompt_ids) + len(completion_ids) > context:
             raise FormatError(
                 f"A row has {len(prompt_ids)} prompt and {len(completion_ids)} completion tokens, more than "
-                f"the {context} that {model.name_or_path} reads. Export with --max-tokens {context}."
+                f"the {context} that {model.name_or_path} reads. Leave such rows "
+                "out, or give a model of longer context."
             )
         ids = np.concatenate((prompt_ids, completion_ids))
         if ids.min() < 0 or ids.max() >= vocabulary:
             raise FormatError(
                 f"A row holds token id {ids.max() if ids.max() >= vocabulary else ids.min()}, and "
-                f"{model.name_or_path} knows 0 to {vocabulary - 1}. Train the model that sampled it."
+                f"{model.name_or_path} knows 0 to {vocabulary - 1}. "
+                "Give the model whose tokenizer made the row."
             )
