@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Row: TypeAlias = tuple[Int32, Int32]  # prompt ids [P], completion ids [T]
 
-# Logits that exist at once: 4 MB of float32 stay in a CPU's cache, 64 MB keep a GPU busy.
+# Logits that exist at once: 4 MB of float32, about a CPU's cache, and 64 MB on a GPU. Not tuned on either.
 CHUNK_LOGITS = {"cpu": 2**20, "cuda": 2**24}
 NO_LIMIT = 2**31  # the context of a model that names none
 HEAD_TOLERANCE = 1e-2  # nats per logit; bfloat16 heads round their logits to about this

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
 CHUNK_ROLLOUTS = 4096  # read together; like lengths are sought among them
 COMMIT_SECONDS = 60.0  # work that is not committed is lost when the process is killed
-# Padded tokens of a forward pass: a core's cache holds no more, and fewer would leave a GPU idle.
+# Padded tokens of a forward pass, for each thread or on a GPU, where no size was measured;
+# `bench_scorer.py --batch-tokens N` shows what others do.
 CORE_TOKENS, GPU_TOKENS = 1024, 32_768
 
 
