@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from scoring_helpers import rows_of
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.config import EngineConfig, SamplingConfig
 from pipeline.engines.base import GroupRequest
@@ -54,6 +55,14 @@ def sampled(model, tokenizer) -> list[dict[str, Any]]:
     engine = TransformersEngine(model, tokenizer, EngineConfig().entropy_kind)
     requests = [GroupRequest(Prompt(({"role": "user", "content": text},)), (1, 2)) for text in QUESTIONS]
     return rows_of(engine.generate(requests, SamplingConfig(group_size=2, max_tokens=48)))
+
+
+@pytest.fixture
+def hungry():
+    """A model of one layer so wide that a token takes megabytes."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 2**17, "num_hidden_layers": 1, "num_attention_heads": 1}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=100, **sizes)).eval()
 
 
 @pytest.fixture
