@@ -50,8 +50,9 @@ class Sample:
         sample_index: 0 … group_size − 1.
         completion_ids: [T] token ids, the end-of-sequence token included when it was sampled.
         logprobs: [T] nats, log-probability of each sampled token.
-        entropies: [T] nats, entropy of the next-token distribution each token was drawn from; None
-            when the engine cannot know it (the scorer fills it in later).
+        entropies: [T] nats, entropy of the model's next-token distribution at each token's position, at
+            temperature 1 before truncation unless the kind says otherwise; None when the engine cannot know
+            it (the scorer fills it in later).
         finish_reason: "stop" or "length".
     """
 

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
 CHUNK_ROLLOUTS = 4096  # read together; like lengths are sought among them
 COMMIT_SECONDS = 60.0  # work that is not committed is lost when the process is killed
-# Padded tokens of a forward pass: a core's cache holds no more, and fewer would leave a GPU idle.
+# Padded tokens of a forward pass, for each thread or on a GPU, where no size was measured;
+# `bench_scorer.py --batch-tokens N` shows what others do.
 CORE_TOKENS, GPU_TOKENS = 1024, 32_768
 
 
@@ -190,35 +191,36 @@ class _Scorer:
         self.done, self.batch_tokens, self.progress = counts, batch_tokens, progress
 
     def score(self, chunk: Chunk) -> None:
-        left, scored, committed = list(range(len(chunk))), list[int](), time.monotonic()
-        while left:
+        waiting, uncommitted, committed = chunk.unscored(), list[int](), time.monotonic()
+        while waiting:
             try:
                 with torch.inference_mode(), OneDnnLinear():
-                    for part, stats in forward_passes(self.model, chunk.rows(left), self.batch_tokens):
-                        scored += self._kept(chunk, [left[i] for i in part], stats)
+                    for part, stats in forward_passes(self.model, chunk.rows(waiting), self.batch_tokens):
+                        indices = [waiting[i] for i in part]
+                        self._set_scores(chunk, indices, stats)
+                        uncommitted += indices
                         if time.monotonic() - committed > COMMIT_SECONDS:
-                            self._commit(chunk, scored)
-                            scored, committed = [], time.monotonic()
+                            self._commit(chunk, uncommitted)
+                            uncommitted, committed = [], time.monotonic()
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
-                self._commit(chunk, scored)
-                left, scored = chunk.unscored(), []
-                self._lower_batch_tokens(chunk.longest(left))
-            left = chunk.unscored()
-            if left and self.model.device.type == "cuda":
+                self._commit(chunk, uncommitted)
+                uncommitted = []
+                self._lower_batch_tokens(chunk.longest(chunk.unscored()))
+            waiting = chunk.unscored()
+            if waiting and self.model.device.type == "cuda":
                 torch.cuda.empty_cache()
-        self._commit(chunk, scored)
+        self._commit(chunk, uncommitted)
 
-    def _kept(self, chunk: Chunk, part: list[int], stats: TokenStats) -> list[int]:
+    def _set_scores(self, chunk: Chunk, indices: list[int], stats: TokenStats) -> None:
         entropies, logprobs = stats.entropies.cpu().numpy(), stats.logprobs.cpu().numpy()
         if not (np.isfinite(entropies).all() and np.isfinite(logprobs).all()):
             raise ModelError(
                 f"{self.policy.model} gives NaN or infinite log-probs. Try engine.dtype = float32, or "
                 "another copy of the model; what was scored before stays."
             )
-        chunk.set_scores(part, entropies, logprobs)
-        return part
+        chunk.set_scores(indices, entropies, logprobs)
 
     def _lower_batch_tokens(self, longest: int) -> None:
         if self.batch_tokens <= longest:
@@ -230,10 +232,10 @@ class _Scorer:
         self.batch_tokens = max(longest, self.batch_tokens // 2)
         self.done = replace(self.done, batch_tokens=self.batch_tokens)
 
-    def _commit(self, chunk: Chunk, scored: list[int]) -> None:
-        if not scored:
+    def _commit(self, chunk: Chunk, indices: list[int]) -> None:
+        if not indices:
             return
-        rows = chunk.scored_rows(scored, self.policy.weights_hash)
+        rows = chunk.scored_rows(indices, self.policy.weights_hash)
         note = {
             "model": self.policy.model,
             "weights_hash": self.policy.weights_hash,

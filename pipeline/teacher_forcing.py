@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from pipeline.logprobs import Row, TokenStats, completion_logprobs, head_stats, 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+T = TypeVar("T")
 Scores: TypeAlias = tuple[list[int], TokenStats]  # which rows, and what is known of their completions
 
 
@@ -32,20 +33,25 @@ def forward_passes(model: PreTrainedModel, rows: Sequence[Row], batch_tokens: in
     families: dict[bytes, list[int]] = {}
     for index, (prompt, _) in enumerate(rows):
         families.setdefault(prompt.tobytes(), []).append(index)
-    once = _reads_prompts_once(model)
-    shared = [family for family in families.values() if once and len(family) > 1]
-    alone = [index for family in families.values() if not once or len(family) == 1 for index in family]
-    shared.sort(key=lambda family: -len(rows[family[0]][0]))
-    while shared:
-        some = max(1, batch_tokens // len(rows[shared[0][0]][0]))
-        yield from _Prompts(model, rows, shared[:some]).passes(batch_tokens)
-        shared = shared[some:]
+    can_share = _reads_prompts_once(model)
+    shared = [family for family in families.values() if can_share and len(family) > 1]
+    alone = [index for family in families.values() if not can_share or len(family) == 1 for index in family]
     # The longest first: memory that suffices for them suffices for all.
+    shared.sort(key=lambda family: -len(rows[family[0]][0]))
+    for together in _within(shared, batch_tokens, lambda family: len(rows[family[0]][0])):
+        yield from _Prompts(model, rows, together).passes(batch_tokens)
     alone.sort(key=lambda index: -_num_tokens(rows[index]))
-    while alone:
-        some = max(1, batch_tokens // _num_tokens(rows[alone[0]]))
-        yield alone[:some], completion_logprobs(model, [rows[i] for i in alone[:some]], precise=True)
-        alone = alone[some:]
+    for indices in _within(alone, batch_tokens, lambda index: _num_tokens(rows[index])):
+        yield indices, completion_logprobs(model, [rows[index] for index in indices], precise=True)
+
+
+def _within(items: Sequence[T], budget: int, num_tokens: Callable[[T], int]) -> Iterator[list[T]]:
+    """Parts of items, the longest first: `budget` tokens padded to a part's first, one item at least."""
+    begin = 0
+    while begin < len(items):
+        end = begin + max(1, budget // num_tokens(items[begin]))
+        yield list(items[begin:end])
+        begin = end
 
 
 def _num_tokens(row: Row) -> int:
@@ -87,12 +93,10 @@ class _Prompts:
 
     def passes(self, batch_tokens: int) -> Iterator[Scores]:
         """The longest completions first, so that memory that suffices for them suffices for all."""
-        left = sorted(self.family_of, key=lambda index: -len(self.rows[index][1]))
-        while left:
-            tokens = self.mask.shape[1] + len(self.rows[left[0]][1])
-            some = left[: max(1, batch_tokens // tokens)]
-            yield some, self._stats(some)
-            left = left[len(some) :]
+        by_length = sorted(self.family_of, key=lambda index: -len(self.rows[index][1]))
+        prompt_tokens = self.mask.shape[1]
+        for indices in _within(by_length, batch_tokens, lambda i: prompt_tokens + len(self.rows[i][1])):
+            yield indices, self._stats(indices)
 
     def _stats(self, indices: list[int]) -> TokenStats:
         """Of the completions of R rows, T tokens the longest."""

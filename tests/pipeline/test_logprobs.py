@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from float64_reference import entropies, next_token_logprobs, sampled_tokens_logprobs
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from transformers import (
@@ -155,16 +156,11 @@ def test_padded_rows_give_each_row_what_it_gets_alone_through_the_whole_model(mo
     rows = rows_of((3, 5), (1, 12), (20, 1), (7, 0))
     stats = completion_logprobs(model, rows, temperature=temperature)
     assert stats.lengths.tolist() == [5, 12, 1, 0]
-    expected, entropies = [], []
-    for prompt, completion in rows:
-        ids = torch.tensor(np.concatenate((prompt, completion)).astype(np.int64))
-        logits = model(ids[None]).logits[0, len(prompt) - 1 : -1].double()
-        log_p = torch.log_softmax(logits / temperature, -1)
-        plain = torch.log_softmax(logits, -1)
-        expected += log_p.gather(1, ids[len(prompt) :, None])[:, 0].tolist()
-        entropies += (-(plain.exp() * plain).sum(-1)).tolist()
-    np.testing.assert_allclose(stats.logprobs.detach().numpy(), expected, atol=2e-5)
-    np.testing.assert_allclose(stats.entropies.numpy(), entropies, atol=2e-5)
+    exact = model.double()
+    sampled = [sampled_tokens_logprobs(next_token_logprobs(exact, *row, temperature), row[1]) for row in rows]
+    plain = [entropies(next_token_logprobs(exact, *row)) for row in rows]
+    np.testing.assert_allclose(stats.logprobs.detach().numpy(), np.concatenate(sampled), atol=2e-5)
+    np.testing.assert_allclose(stats.entropies.numpy(), np.concatenate(plain), atol=2e-5)
 
 
 def test_only_completion_positions_reach_the_head(model, monkeypatch):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from float64_reference import entropies, next_token_logprobs, sampled_tokens_logprobs
 from transformers import PreTrainedModel
 
 from pipeline.config import SamplingConfig
@@ -34,28 +35,20 @@ def requests_of(prompts: Iterable[Prompt], group_size: int, first_seed: int = 0)
     ]
 
 
-@torch.inference_mode()
 def differences(
     model: PreTrainedModel, groups: Sequence[Group], temperature: float = 1.0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Absolute differences of every token's log-prob (at temperature 1) and entropy from the model's own."""
     of_logprobs, of_entropies = [], []
     for group in groups:
-        start, lengths = len(group.prompt_ids) - 1, [len(sample.completion_ids) for sample in group.samples]
-        ids = torch.zeros(len(lengths), start + 1 + max(lengths), dtype=torch.long)
-        for row, sample in zip(ids, group.samples, strict=True):  # padded on the right, where nothing looks
-            whole = np.concatenate([group.prompt_ids, sample.completion_ids])
-            row[: len(whole)] = torch.from_numpy(whole.astype(np.int64))
-        logits = model(input_ids=ids, logits_to_keep=ids.shape[1] - start).logits.double()
-        for row, sample, length in zip(logits, group.samples, lengths, strict=True):
-            raw = torch.log_softmax(row[:length], dim=-1)
-            measured = raw if temperature == 1.0 else torch.log_softmax(row[:length] / temperature, dim=-1)
-            chosen = raw[torch.arange(length), torch.from_numpy(sample.completion_ids.astype(np.int64))]
-            entropies = -(measured.exp() * measured).sum(dim=-1)
+        for sample in group.samples:
             assert sample.logprobs is not None
             assert sample.entropies is not None
-            of_logprobs.append(np.abs(sample.logprobs - chosen.numpy()))
-            of_entropies.append(np.abs(sample.entropies - entropies.numpy()))
+            ids = sample.completion_ids
+            log_p = next_token_logprobs(model, group.prompt_ids, ids)
+            tempered = log_p if temperature == 1.0 else torch.log_softmax(log_p / temperature, dim=-1)
+            of_logprobs.append(np.abs(sample.logprobs - sampled_tokens_logprobs(log_p, ids)))
+            of_entropies.append(np.abs(sample.entropies - entropies(tempered)))
     return np.concatenate(of_logprobs), np.concatenate(of_entropies)
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from float64_reference import entropies, next_token_logprobs, sampled_tokens_logprobs
+from transformers import PreTrainedModel
 
 from pipeline.config import SamplingConfig
 from pipeline.engines.base import GroupRequest
@@ -28,6 +30,7 @@ SAMPLING = SamplingConfig(max_tokens=24)
 class Arith:
     engine: TransformersEngine
     prompts: list[Prompt]
+    exact: PreTrainedModel
 
     def sampled(self, *requests: GroupRequest, sampling: SamplingConfig = SAMPLING) -> list[Group]:
         """The groups in the order of their requests."""
@@ -35,26 +38,19 @@ class Arith:
         assert len(groups) == len(requests)
         return [next(g for g in groups if g.prompt is request.prompt) for request in requests]
 
+    def reference(self, group: Group, sample: Sample, temperature: float = 1.0) -> torch.Tensor:
+        """[T, V] float64 log-probs of the next token at each of the completion's positions."""
+        return next_token_logprobs(self.exact, group.prompt_ids, sample.completion_ids, temperature)
+
 
 @pytest.fixture(scope="module")
-def arith() -> Iterator[Arith]:
+def arith(exact: PreTrainedModel) -> Iterator[Arith]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     tokenizer = load_tokenizer(ARITH / "model")
     engine = TransformersEngine(load_model(ARITH / "model", "cpu"), tokenizer)
-    yield Arith(engine, read_prompts(str(ARITH / "prompts.jsonl"), 8))
+    yield Arith(engine, read_prompts(str(ARITH / "prompts.jsonl"), 8), exact)
     torch.set_num_threads(threads)
-
-
-def reference(
-    engine: TransformersEngine, group: Group, sample: Sample, temperature: float = 1.0
-) -> torch.Tensor:
-    """[T, V] float64 log-probs of the next token at each of the completion's positions."""
-    model = load_model(ARITH / "model", "cpu").double()
-    ids = torch.from_numpy(np.concatenate([group.prompt_ids, sample.completion_ids]).astype(np.int64))
-    with torch.inference_mode():
-        logits = model(input_ids=ids[None]).logits[0, len(group.prompt_ids) - 1 : -1]
-    return torch.log_softmax(logits / temperature, dim=-1)
 
 
 def ids_of(group: Group) -> list[list[int]]:
@@ -73,10 +69,9 @@ def test_entropies_and_logprobs_are_those_of_the_whole_vocabulary(arith: Arith) 
             == prompt_messages_ids(arith.engine.tokenizer, group.prompt.messages).tolist()
         )
         for sample in group.samples:
-            expected = reference(arith.engine, group, sample)
-            entropies = -(expected.exp() * expected).sum(-1).numpy()
-            chosen = expected[range(len(expected)), sample.completion_ids.tolist()].numpy()
-            np.testing.assert_allclose(sample.entropies, entropies, atol=1e-4)
+            expected = arith.reference(group, sample)
+            chosen = sampled_tokens_logprobs(expected, sample.completion_ids)
+            np.testing.assert_allclose(sample.entropies, entropies(expected), atol=1e-4)
             np.testing.assert_allclose(sample.logprobs, chosen, atol=1e-4)
 
 
@@ -114,7 +109,7 @@ def test_top_k_of_one_is_greedy(arith: Arith) -> None:
     greedy = SamplingConfig(max_tokens=12, top_k=1, temperature=1.7)
     (group,) = arith.sampled(GroupRequest(arith.prompts[0], (1, 2, 3)), sampling=greedy)
     assert ids_of(group)[0] == ids_of(group)[1] == ids_of(group)[2]
-    expected = reference(arith.engine, group, group.samples[0]).argmax(-1).tolist()
+    expected = arith.reference(group, group.samples[0]).argmax(-1).tolist()
     assert group.samples[0].completion_ids.tolist() == expected
     low = SamplingConfig(max_tokens=12, temperature=1e-4)
     assert ids_of(arith.sampled(GroupRequest(arith.prompts[0], (5,)), sampling=low)[0])[0] == expected
@@ -125,7 +120,7 @@ def test_top_p_samples_from_the_smallest_set_of_that_mass(arith: Arith, mass: fl
     nucleus = SamplingConfig(max_tokens=12, top_p=mass, temperature=3.0)
     (group,) = arith.sampled(GroupRequest(arith.prompts[1], tuple(range(12))), sampling=nucleus)
     for sample in group.samples:
-        tempered = reference(arith.engine, group, sample, temperature=3.0).exp()
+        tempered = arith.reference(group, sample, temperature=3.0).exp()
         for token, row in zip(sample.completion_ids.tolist(), tempered, strict=True):
             assert float(row[row > row[token]].sum()) < mass + 1e-5
 
@@ -134,14 +129,13 @@ def test_a_higher_temperature_flattens_what_is_sampled_and_not_what_is_measured(
     hot = SamplingConfig(max_tokens=12, temperature=2.5)
     request = GroupRequest(arith.prompts[0], tuple(range(4)))
     (group,) = arith.sampled(request, sampling=hot)
-    raw = reference(arith.engine, group, group.samples[0])
-    np.testing.assert_allclose(group.samples[0].entropies, -(raw.exp() * raw).sum(-1).numpy(), atol=1e-4)
+    raw = arith.reference(group, group.samples[0])
+    np.testing.assert_allclose(group.samples[0].entropies, entropies(raw), atol=1e-4)
     tempered_engine = TransformersEngine(arith.engine.model, arith.engine.tokenizer, "full_vocab_tempered")
     (same,) = list(tempered_engine.generate([request], hot))
     assert ids_of(same) == ids_of(group)
-    tempered = reference(arith.engine, group, group.samples[0], temperature=2.5)
-    expected = -(tempered.exp() * tempered).sum(-1).numpy()
-    np.testing.assert_allclose(same.samples[0].entropies, expected, atol=1e-4)
+    tempered = arith.reference(group, group.samples[0], temperature=2.5)
+    np.testing.assert_allclose(same.samples[0].entropies, entropies(tempered), atol=1e-4)
     np.testing.assert_allclose(same.samples[0].logprobs, group.samples[0].logprobs, atol=1e-6)
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from scoring_helpers import rows_of
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.config import EngineConfig, SamplingConfig
 from pipeline.engines.base import GroupRequest
@@ -52,26 +54,22 @@ def sampled(model, tokenizer) -> list[dict[str, Any]]:
     """Rows of three groups as the engine samples them, with its entropies; all rewards are 1."""
     engine = TransformersEngine(model, tokenizer, EngineConfig().entropy_kind)
     requests = [GroupRequest(Prompt(({"role": "user", "content": text},)), (1, 2)) for text in QUESTIONS]
-    return [
-        {
-            "group_id": group.prompt.text,
-            "sample_index": sample.sample_index,
-            "prompt_ids": group.prompt_ids.tolist(),
-            "completion_ids": sample.completion_ids.tolist(),
-            "completion_logprobs": sample.logprobs.tolist(),
-            "completion_entropies": sample.entropies.tolist(),
-            "reward": 1.0,
-        }
-        for group in engine.generate(requests, SamplingConfig(group_size=2, max_tokens=48))
-        for sample in group.samples
-    ]
+    return rows_of(engine.generate(requests, SamplingConfig(group_size=2, max_tokens=48)))
+
+
+@pytest.fixture
+def hungry():
+    """A model of one layer so wide that a token takes megabytes."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 2**17, "num_hidden_layers": 1, "num_attention_heads": 1}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=100, **sizes)).eval()
 
 
 @pytest.fixture
 def put(lake: Lake, tmp_path: Path, tokenizer: Any):
-    """Imports rows into the test's lake."""
+    """Imports rows into the test's lake; they are the embedded model's unless another tokenizer is given."""
 
-    def put(rows: list[dict[str, Any]]) -> Lake:
+    def put(rows: list[dict[str, Any]], tokenizer: Any = tokenizer) -> Lake:
         dump = tmp_path / "dump.jsonl"
         dump.write_text("".join(json.dumps(row) + "\n" for row in rows))
         assert import_canonical(lake, [dump], tokenizer).refused == 0

@@ -1,84 +1,85 @@
-"""The scorer's numbers against those of the same model in float64, one sequence at a time, no tricks."""
+"""What the scorer writes into the lake, against the same model in float64, one sequence at a time."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from dispatched import ONEDNN, Dispatched
+from scoring_helpers import arith_rollouts, differences
+from transformers import PreTrainedModel
 
-from pipeline.config import SamplingConfig
-from pipeline.engines.base import GroupRequest
-from pipeline.engines.transformers import TransformersEngine
-from pipeline.logprobs import Row, completion_logprobs
-from pipeline.models import load_model, model_folder
-from pipeline.prompts import read_prompts
+from pipeline import scoring
+from pipeline.models import load_model, model_folder, policy_of
 from pipeline.tokenization import load_tokenizer
 
 PROJECT = Path(__file__).resolve().parents[3]
 
 
-def arith_rollouts() -> list[Row]:
-    """Rollouts of the embedded model, by itself."""
-    folder = model_folder("arith")
-    prompts = [prompt for prompt, _ in zip(read_prompts("arith", None), range(32), strict=False)]
-    engine = TransformersEngine(load_model(folder, "cpu", "float32"), load_tokenizer(folder))
-    requests = [GroupRequest(prompt, tuple(range(4))) for prompt in prompts]
-    groups = engine.generate(requests, SamplingConfig(group_size=4, max_tokens=64))
-    return [(group.prompt_ids, sample.completion_ids) for group in groups for sample in group.samples]
-
-
-def texts(model: str) -> list[Row]:
-    """Our own pages in pieces of mixed lengths, as if they had been sampled."""
-    tokenizer, random = load_tokenizer(model_folder(model)), np.random.default_rng(0)
+def texts() -> list[dict[str, Any]]:
+    """Our own pages in pieces of mixed lengths, as if one to four of them had been sampled of a prompt."""
+    tokenizer, random = load_tokenizer(model_folder("smollm2")), np.random.default_rng(0)
     text = "".join(page.read_text() for page in sorted((PROJECT / "docs").glob("*.md")))
-    ids = np.array(tokenizer.encode(text, add_special_tokens=False), np.int32)
-    rows, at = [], 0
-    while at < len(ids) and sum(len(completion) for _, completion in rows) < 2200:
-        prompt, completion = random.integers(5, 60), int(random.lognormal(4, 0.8)) + 1
-        rows.append((ids[at : at + prompt], ids[at + prompt : at + prompt + completion]))
-        at += prompt + completion
+    ids, at = tokenizer.encode(text, add_special_tokens=False), 0
+
+    def piece(length: int) -> list[int]:
+        nonlocal at
+        at += length
+        return ids[at - length : at]
+
+    rows: list[dict[str, Any]] = []
+    while sum(len(row["completion_ids"]) for row in rows) < 2200:
+        group_id, prompt = str(at), piece(random.integers(5, 60))
+        rows += [
+            {
+                "group_id": group_id,
+                "sample_index": index,
+                "prompt_ids": prompt,
+                "completion_ids": piece(int(random.lognormal(4, 0.8)) + 1),
+                "completion_entropies": None,
+                "reward": 1.0,
+            }
+            for index in range(random.integers(1, 5))
+        ]
     return rows
 
 
-@torch.inference_mode()
-def reference(name: str, rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs and entropies [N] by a full log-softmax of each sequence alone, in float64."""
-    model = load_model(model_folder(name), "cpu", "float32").double()
-    logprobs, entropies = [], []
-    for prompt, completion in rows:
-        ids = torch.from_numpy(np.concatenate([prompt, completion]).astype(np.int64))
-        log_p = torch.log_softmax(model(ids[None]).logits[0, len(prompt) - 1 : -1], dim=-1)
-        logprobs.append(log_p.gather(1, ids[len(prompt) :, None])[:, 0])
-        entropies.append(-(log_p.exp() * log_p).sum(dim=-1))
-    return torch.cat(logprobs), torch.cat(entropies)
+def cached_tokens(model: PreTrainedModel) -> list[int]:
+    """Grows with the tokens that each forward pass from here on finds in its cache."""
+    cached: list[int] = []
 
+    def note(_module: object, _args: object, given: dict[str, Any]) -> None:
+        cache = given.get("past_key_values")
+        cached.append(0 if cache is None else cache.get_seq_length())
 
-@torch.inference_mode()
-def scorer(name: str, rows: list[Row], dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
-    model = load_model(model_folder(name), "cpu", dtype)
-    rows_per_pass = 16
-    passes = [
-        completion_logprobs(model, rows[start : start + rows_per_pass], precise=True)
-        for start in range(0, len(rows), rows_per_pass)
-    ]
-    return torch.cat([stats.logprobs for stats in passes]), torch.cat([stats.entropies for stats in passes])
+    model.get_decoder().register_forward_pre_hook(note, with_kwargs=True)
+    return cached
 
 
 @pytest.mark.parametrize(
-    ("name", "rows"),
+    ("dtype", "error", "limit"), [("float32", np.max, 1e-4), ("bfloat16", np.mean, 0.03)]
+)
+@pytest.mark.parametrize(
+    ("name", "rows_of"),
     [
         pytest.param("arith", arith_rollouts, id="arith"),
-        pytest.param("smollm2", lambda: texts("smollm2"), id="smollm2", marks=pytest.mark.slow),
+        pytest.param("smollm2", texts, id="smollm2", marks=pytest.mark.slow),
     ],
 )
-def test_every_token_of_two_thousand_is_as_in_float64(name, rows):
-    rows = rows()
-    expected = reference(name, rows)
-    assert len(expected[0]) >= 2000
-    for found, exact in zip(scorer(name, rows, "float32"), expected, strict=True):
-        assert (found - exact).abs().max() <= 1e-4
-    for found, exact in zip(scorer(name, rows, "bfloat16"), expected, strict=True):
-        assert found.dtype == torch.float32
-        assert (found - exact).abs().mean() <= 0.03
+def test_two_thousand_tokens_in_the_lake_are_as_in_float64(put, name, rows_of, dtype, error, limit):
+    folder, rows = model_folder(name), rows_of()
+    tokenizer, model = load_tokenizer(folder), load_model(folder, "cpu", dtype)
+    lake, cached = put(rows, tokenizer), cached_tokens(model)
+    with Dispatched() as dispatched:
+        assert scoring.score(lake, model, policy_of(folder, name, tokenizer)).scored == len(rows)
+    assert ONEDNN in dispatched.operations
+    assert any(cached), "prompts that several share are read once"
+    assert not all(cached), "and others with their completion"
+    exact = load_model(folder, "cpu", "float32").double()
+    of_logprobs, of_entropies = differences(exact, lake)
+    assert len(of_entropies) >= 2000
+    print(f"{name}, {dtype}: entropies {error(of_entropies):.1e}, log-probs {error(of_logprobs):.1e} nats")
+    assert error(of_entropies) <= limit
+    assert error(of_logprobs) <= limit

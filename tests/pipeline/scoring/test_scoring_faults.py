@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from scoring_helpers import ALL, by_place, select, unscored
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from flows.cli import main
 from pipeline import scoring
@@ -166,14 +165,6 @@ def limit_memory(model, spare_bytes: int):
     model.get_decoder().register_forward_hook(
         lambda *_: resource.setrlimit(resource.RLIMIT_AS, held), always_call=True
     )
-
-
-@pytest.fixture
-def hungry():
-    """A model of one layer so wide that a token takes megabytes."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 2**17, "num_hidden_layers": 1, "num_attention_heads": 1}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=100, **sizes)).eval()
 
 
 def test_passes_that_memory_cannot_hold_are_halved_until_it_can(put, sampled, policy, hungry):
