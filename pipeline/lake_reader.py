@@ -16,7 +16,7 @@ from pipeline.catalog import quoted
 from pipeline.errors import LakeError, QueryError, said
 from pipeline.interrupts import stoppable
 from pipeline.query import Limits, Selection, reading_only
-from pipeline.sqlfiles import macros, params_of, relations_of, views
+from pipeline.sqlfiles import macros, params_of, relations, relations_of
 from pipeline.verified import Verification
 
 if TYPE_CHECKING:
@@ -69,17 +69,17 @@ class Reader:
         self.lake = lake
         self.snapshot = snapshot
         self._locked = False
-        self._views = dict(views())  # those that are not made yet
+        self._unmade = dict(relations())
         self._add_later_tables()
         for statement in macros():
             connection.execute(statement)
 
-    def _make_views(self, names: Collection[str]) -> None:
-        """Makes the views of these names and those they build on. To make all takes as long as to mine."""
-        for name in views() if "duckdb_views" in names else names:
-            statement = self._views.pop(name, None)
+    def _make(self, names: Collection[str]) -> None:
+        """Makes the views and table macros of these names; to make all takes as long as to mine."""
+        for name in relations() if "duckdb_views" in names else names:
+            statement = self._unmade.pop(name, None)
             if statement is not None:
-                self._make_views(relations_of(statement))
+                self._make(relations_of(statement))
                 self.connection.execute(statement)
 
     def _add_later_tables(self) -> None:
@@ -97,13 +97,13 @@ class Reader:
     def table(self, sql: str, params: Mapping[str, Any] | None = None) -> pa.Table:
         """The result of a query; of `params`, those that the text names with `$` are bound."""
         bound = {name: (params or {})[name] for name in params_of(sql)}
-        self._make_views(relations_of(sql))
+        self._make(relations_of(sql))
         return self.connection.execute(sql, bound).to_arrow_table()
 
     def batches(self, sql: str, num_rows: int, params: Mapping[str, Any] | None = None) -> Iterator[pa.Table]:
         """The result of a query, at most `num_rows` rows at a time; it is computed while it is read."""
         bound = {name: (params or {})[name] for name in params_of(sql)}
-        self._make_views(relations_of(sql))
+        self._make(relations_of(sql))
         for batch in self.connection.execute(sql, bound).to_arrow_reader(num_rows):
             yield pa.Table.from_batches([batch])
 
@@ -114,7 +114,7 @@ class Reader:
     def materialize(self, name: str, sql: str, params: Mapping[str, Any]) -> None:
         """Keeps a query's result as the temporary relation `name` for the queries that build on it."""
         bound = {param: params[param] for param in params_of(sql)}
-        self._make_views(relations_of(sql))
+        self._make(relations_of(sql))
         self.connection.execute(f'create or replace temp table "{name}" as {sql}', bound)
 
     def materialize_rows(self, name: str, rows: pa.Table) -> None:
@@ -236,7 +236,7 @@ class Reader:
             QueryError: it is wrong, would write, reaches for other files, or takes more than it may.
             KeyboardInterrupt: the user stopped it; the session can go on.
         """
-        self._make_views(views())
+        self._make(relations())
         checked = reading_only(self.connection, sql)
         with stoppable(self.connection.interrupt, limits.timeout_seconds) as stopped:
             try:

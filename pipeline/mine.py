@@ -18,7 +18,7 @@ from pipeline.errors import LakeError, MiningError
 from pipeline.hashing import content_id
 from pipeline.lake import MERGED_FILE, Lake
 from pipeline.lake_reader import Reader
-from pipeline.sqlfiles import macros, sql_file
+from pipeline.sqlfiles import macros, relations, sql_file
 from pipeline.verified import Verification
 
 STAGES = (
@@ -77,7 +77,8 @@ def mine(
     started = time.monotonic()
     with lake.reader(snapshot) as reader, _newest(lake, reader, snapshot) as newest:
         data_snapshot = reader.data_snapshot()
-        sql_hash = content_id(*macros(), *(sql_file(f"mining/{stage}") for stage in STAGES))
+        stages = (sql_file(f"mining/{stage}") for stage in STAGES)
+        sql_hash = content_id(*macros(), relations()["current_verdicts"], *stages)
         settings = config.model_dump(mode="json") | {"since_snapshot": since_snapshot, "run_id": run_id}
         # The files' content, so that minings of two lakes never share a name; as they were committed, so
         # that merging them makes no other mining of it.
