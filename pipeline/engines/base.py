@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 from pipeline.config import SamplingConfig
-from pipeline.errors import PromptError
-from pipeline.records import Group, Int32, Prompt
+from pipeline.errors import EngineError, PromptError
+from pipeline.records import Group, Int32, Prompt, Sample
+
+_ROUNDING = 1e-3  # nats that a float32 entropy may exceed its bound by
 
 
 @dataclass(frozen=True)
@@ -64,3 +69,27 @@ def refuse_long_prompts(
                 f"tokens; with sampling.max_tokens = {sampling.max_tokens} it exceeds the model's "
                 f"{context}. Lower max_tokens or shorten the prompt."
             )
+
+
+def checked(sample: Sample, vocabulary: int) -> Sample:
+    """The sample, if each of its tokens has a log-prob and an entropy that `vocabulary` tokens can have.
+
+    Raises:
+        EngineError: the model's logits are no numbers, or the engine measured something else.
+    """
+    assert sample.logprobs is not None
+    assert sample.entropies is not None
+    num_tokens, entropies = len(sample.completion_ids), sample.entropies
+    if not (np.isfinite(entropies).all() and np.isfinite(sample.logprobs).all()):
+        raise EngineError(
+            f"The model's logits are not finite in a completion of {num_tokens} tokens: the weights "
+            "are broken, or overflow; try engine.dtype = float32."
+        )
+    greatest = math.log(vocabulary) + _ROUNDING
+    if len(entropies) != num_tokens or not ((entropies >= 0) & (entropies <= greatest)).all():
+        smallest, largest = entropies.min(initial=0.0), entropies.max(initial=0.0)
+        raise EngineError(
+            f"There are {len(entropies)} entropies for {num_tokens} tokens, from {smallest:.3f} to "
+            f"{largest:.3f} of at most {greatest:.3f} nats. This is a fault of ours."
+        )
+    return sample

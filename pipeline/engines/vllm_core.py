@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import EngineConfig, SamplingConfig
-from pipeline.engines.base import GroupRequest
+from pipeline.engines.base import GroupRequest, checked
 from pipeline.engines.sampling import DrawRule
 from pipeline.engines.tap import Measured, TapRequest
 from pipeline.engines.vllm_failures import EngineDead, why
@@ -25,7 +24,6 @@ from pipeline.records import Float32, Group, Int32, Sample
 log = logging.getLogger(__name__)
 
 OUTSTANDING = 2  # requests in the engine, as a multiple of those that it runs at once
-_ROUNDING = 1e-3  # nats that a float32 entropy may exceed its bound by
 
 
 @dataclass
@@ -50,7 +48,7 @@ class VllmCore:
         self._names = itertools.count()
         self._engine: Any = self._started()
         self.max_model_len = int(self._engine.model_config.max_model_len)
-        self._max_entropy = math.log(self._engine.model_config.get_vocab_size()) + _ROUNDING
+        self._vocabulary = int(self._engine.model_config.get_vocab_size())
 
     def _started(self) -> Any:
         return start_vllm(self._folder, self._config, *self._place)
@@ -181,17 +179,15 @@ class VllmCore:
     ) -> Sample:
         """The first T measurements are those of the completion: what came after it was cut off."""
         ids, logprobs, finish_reason = done
-        entropies = measured.entropies[: len(ids)]
+        drawn = logprobs is None
         if logprobs is None:
             logprobs = measured.logprobs[: len(ids)]
-            if not np.array_equal(measured.tokens[: len(ids)], ids):
-                raise EngineError("vLLM returned other tokens than the tap drew. This is a fault of ours.")
-        if len(entropies) != len(ids) or (entropies > self._max_entropy).any():
-            raise EngineError(
-                f"The tap measured {len(entropies)} entropies for {len(ids)} tokens, up to "
-                f"{entropies.max(initial=0.0):.3f} of {self._max_entropy:.3f} nats. This is a fault of ours."
-            )
-        return Sample(index, seed, ids, logprobs, entropies, finish_reason)
+        sample = Sample(index, seed, ids, logprobs, measured.entropies[: len(ids)], finish_reason)
+        sample = checked(sample, self._vocabulary)
+        # afterwards: where logits are NaN, vLLM takes any token
+        if drawn and not np.array_equal(measured.tokens[: len(ids)], ids):
+            raise EngineError("vLLM returned other tokens than the tap drew. This is a fault of ours.")
+        return sample
 
     def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """A call of the engine; whatever tells of its death is an EngineDead."""

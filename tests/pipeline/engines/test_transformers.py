@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from pipeline.config import SamplingConfig
-from pipeline.engines.base import GroupRequest
+from pipeline.engines.base import GroupRequest, checked
 from pipeline.engines.transformers import TransformersEngine
-from pipeline.errors import PromptError
+from pipeline.errors import EngineError, PromptError
 from pipeline.models import load_model
 from pipeline.prompts import prompt_messages_ids, read_prompts
 from pipeline.records import Group, Prompt, Sample
@@ -175,3 +175,25 @@ def test_a_group_is_handed_out_before_the_last_one_is_finished(arith: Arith) -> 
 
 def test_no_requests_are_no_groups(arith: Arith) -> None:
     assert list(arith.engine.generate([], SAMPLING)) == []
+
+
+def test_a_model_whose_logits_are_nan_gives_one_line_and_no_group(arith: Arith) -> None:
+    model = load_model(ARITH / "model", "cpu")
+    with torch.no_grad():
+        model.model.norm.weight.fill_(torch.nan)
+    engine = TransformersEngine(model, arith.engine.tokenizer)
+    with pytest.raises(EngineError, match=r"logits are not finite.*try engine\.dtype = float32"):
+        next(engine.generate([GroupRequest(arith.prompts[0], (1, 2))], SAMPLING))
+
+
+@pytest.mark.parametrize(
+    "entropies", [[0.5], [0.5, 4.7], [-0.1, 0.5]], ids=["too few", "too great", "negative"]
+)
+def test_entropies_that_no_distribution_over_the_vocabulary_has_are_refused(entropies: list[float]) -> None:
+    def sample(values: list[float]) -> Sample:
+        ids, logprobs = np.array([1, 2], np.int32), np.array([-1.0, -2.0], np.float32)
+        return Sample(0, 0, ids, logprobs, np.array(values, np.float32), "stop")
+
+    assert checked(sample([0.0, math.log(100)]), 100)
+    with pytest.raises(EngineError, match=r"entropies for 2 tokens, from .* of at most 4\.606 nats"):
+        checked(sample(entropies), 100)

@@ -15,9 +15,10 @@ from reference import (
     requests_of,
 )
 from transformers import PreTrainedModel
-from vllm_engines import EXACT, TOKENIZER, agreement, opened, sampled, scaled_model
+from vllm_engines import EXACT, TOKENIZER, agreement, nan_model, opened, sampled, scaled_model
 
 from pipeline.config import SamplingConfig
+from pipeline.engines import tap
 from pipeline.engines.base import Engine
 from pipeline.engines.vllm import VllmEngine
 from pipeline.errors import EngineError, PromptError
@@ -103,6 +104,30 @@ def test_weights_that_do_not_fit_are_refused_by_name(plain: VllmEngine, tmp_path
     with pytest.raises(EngineError, match="Give a checkpoint of the same model"):
         plain.update_weights(tmp_path)
     plain.update_weights(ARITH / "model")
+
+
+def test_a_model_whose_logits_are_nan_gives_one_line_and_no_group(plain: VllmEngine, tmp_path: Path) -> None:
+    sampling, requests = SamplingConfig(max_tokens=8), requests_of(arith_prompts(2), group_size=2)
+    plain.update_weights(nan_model(tmp_path / "model"))
+    try:
+        with pytest.raises(EngineError, match=r"logits are not finite.*try engine\.dtype = float32") as error:
+            next(plain.generate(requests, sampling))
+    finally:
+        plain.update_weights(ARITH / "model")
+    assert "\n" not in str(error.value)
+    assert plain._cores[0].num_tapped() == 0
+    sampled(plain, requests, sampling)
+
+
+def test_other_tokens_than_the_tap_drew_are_refused(
+    plain: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = requests_of(arith_prompts(2), group_size=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(tap, "_CERTAIN", -1e30)  # a drawn token that vLLM's sampler never takes
+        with pytest.raises(EngineError, match="other tokens than the tap drew"):
+            next(plain.generate(requests, SamplingConfig(max_tokens=8)))
+    sampled(plain, requests, SamplingConfig(max_tokens=8))
 
 
 def test_a_prompt_that_leaves_no_room_is_refused_before_anything_runs(plain: VllmEngine) -> None:
