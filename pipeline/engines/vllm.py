@@ -32,8 +32,7 @@ class VllmEngine:
         self.tokenizer = tokenizer
         self.entropy_kind: str = config.entropy_kind
         self.overlaps = not config.vllm.in_process
-        num_engines = config.vllm.data_parallel
-        self._cores = [VllmCore(folder, tokenizer, config, i, num_engines) for i in range(num_engines)]
+        self._cores = [VllmCore(folder, tokenizer, config, i) for i in range(config.vllm.data_parallel)]
 
     def generate(self, requests: Sequence[GroupRequest], sampling: SamplingConfig) -> Iterator[Group]:
         """See `Engine.generate`. Token ids may differ with what else runs, by the rounding of batched sums.

@@ -37,21 +37,19 @@ class _Running:
 
 
 class VllmCore:
-    """One vLLM engine of `num_engines`, number `index`; not to be used by two threads at once."""
+    """One vLLM engine, number `index` of those side by side; not to be used by two threads at once."""
 
-    def __init__(
-        self, folder: Path, tokenizer: Any, config: EngineConfig, index: int = 0, num_engines: int = 1
-    ) -> None:
+    def __init__(self, folder: Path, tokenizer: Any, config: EngineConfig, index: int = 0) -> None:
         """Raises EngineError if the engine does not start."""
         self._config, self._tokenizer = config, tokenizer
-        self._folder, self._place = folder, (index, num_engines)
+        self._folder, self._index = folder, index
         self._names = itertools.count()
         self._engine: Any = self._started()
         self.max_model_len = int(self._engine.model_config.max_model_len)
         self._vocabulary = int(self._engine.model_config.get_vocab_size())
 
     def _started(self) -> Any:
-        return start_vllm(self._folder, self._config, *self._place)
+        return start_vllm(self._folder, self._config, self._index)
 
     def stream(self, waiting: deque[tuple[GroupRequest, Int32]], sampling: SamplingConfig) -> Iterator[Group]:
         """Takes groups from `waiting` (which other engines may share) and yields them as they finish.
