@@ -17,7 +17,7 @@ from packaging.specifiers import SpecifierSet
 
 from pipeline.config import EngineConfig
 from pipeline.engines.vllm_devices import device_variables, on_cpu
-from pipeline.engines.vllm_failures import reason
+from pipeline.engines.vllm_failures import reason_in_log
 from pipeline.errors import EngineError
 
 TESTED_VERSIONS = SpecifierSet(">=0.32,<0.33")
@@ -84,14 +84,14 @@ def start_vllm(folder: Path, config: EngineConfig, index: int = 0) -> Any:
         else:
             # of this process; the engine's own have their file
             logging.getLogger("vllm").setLevel(logging.ERROR)
-            engine.echomine_log = log_path  # found again by `why` and `stop_vllm`
+            engine.echomine_log = log_path  # found again by `stop_vllm`
             _announce_end(engine.engine_core)
             if config.vllm.in_process:
                 _in_process.append(engine)
             return engine
         finally:
             torch.set_num_threads = set_num_threads
-    raise EngineError(f"vLLM does not start with {folder}: {reason(log_path, failure)}") from failure
+    raise EngineError(f"vLLM does not start with {folder}: {reason_in_log(log_path, failure)}") from failure
 
 
 def _announce_end(client: Any) -> None:
@@ -110,14 +110,15 @@ def _announce_end(client: Any) -> None:
     threading.Thread(target=wait, name="echomine-vllm-end", daemon=True).start()
 
 
-def stop_vllm(engine: Any) -> None:
-    """Ends the engine's processes; also of an engine that is dead."""
-    if engine is None:
-        return
+def stop_vllm(engine: Any, keep_log: bool = False) -> Path:
+    """Ends the engine's processes, also of one that is dead, and removes their log, whose path it returns."""
     engine.engine_core.shutdown(timeout=0.0)  # there is nothing in it to wait for
     if engine in _in_process:
         _in_process.remove(engine)
-    engine.echomine_log.unlink(missing_ok=True)
+    log_path: Path = engine.echomine_log
+    if not keep_log:
+        log_path.unlink(missing_ok=True)
+    return log_path
 
 
 def _arguments(folder: Path, config: EngineConfig) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from reference import ARITH, check_whole, ids_by_prompt
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.config import EngineConfig, SamplingConfig, VllmConfig
 from pipeline.engines.base import Engine, GroupRequest
@@ -73,6 +74,14 @@ def nan_model(folder: Path) -> Path:
     return _saved(
         folder, lambda name, parameter: parameter.fill_(torch.nan) if name == "model.norm.weight" else None
     )
+
+
+def narrow_model(folder: Path) -> Path:
+    """A checkpoint of the same layers and names, and another hidden size."""
+    config = AutoConfig.from_pretrained(ARITH / "model")
+    config.hidden_size //= 2
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
 
 
 def _saved(folder: Path, change: Callable[[str, torch.Tensor], object]) -> Path:
