@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -25,31 +26,57 @@ class GroupRequest:
 
 
 class Engine(Protocol):
-    """Samples completions with the entropy and log-probability of every token.
+    """Samples completions with the log-probability of every token, and its entropy where it can know it.
 
     Attributes:
         logprobs_kind: "raw" or "processed" (after temperature and truncation).
-        entropy_kind: "full_vocab" or "full_vocab_tempered".
+        entropy_kind: "full_vocab" or "full_vocab_tempered"; None where samples come without entropies.
         overlaps: whether it goes on sampling while its caller does something else.
     """
 
     logprobs_kind: str
-    entropy_kind: str
     overlaps: bool
+
+    @property
+    def entropy_kind(self) -> str | None: ...
 
     def generate(self, requests: Sequence[GroupRequest], sampling: SamplingConfig) -> Iterator[Group]:
         """Yields each group once, when all its samples are finished, in any order.
 
-        The same requests in the same call, on the same machine, give the same token ids. Every sample
-        has as many entropies and log-probs as tokens.
+        Every sample has as many log-probs as tokens, and as many entropies unless `entropy_kind` is None.
+        The same requests in the same call, on the same machine, give the same token ids; where batches form
+        by what else runs (vLLM, servers), they do so up to the rounding of sums. vLLM's own sampler on a CPU
+        (`engine.vllm.sampler = "vllm"`) takes no seeds, and draws anew each time.
 
         Raises:
             PromptError: a prompt that does not fit the model with `max_tokens` completion tokens.
+            EngineError: the engine cannot go on, or measured what cannot be.
         """
         ...
 
     def close(self) -> None:
         """Gives back what the engine holds. It cannot be used afterwards."""
+        ...
+
+
+@runtime_checkable
+class UpdatableEngine(Engine, Protocol):
+    """An engine with a copy of the weights: a trainer hands it the new ones after an optimizer step.
+
+    The transformers engine is none: it samples from the trainer's own model, as it stands. Nor is a pool of
+    servers, whose weights are theirs.
+    """
+
+    def update_weights(self, folder: Path) -> None:
+        """Goes on with the weights of another folder of the same model. No group may be running.
+
+        Args:
+            folder: safetensors and config, as `save_pretrained` leaves them. It stays until the next update:
+                an engine that dies starts again from it.
+
+        Raises:
+            EngineError: the weights do not fit. The engine goes on with those that it had.
+        """
         ...
 
 

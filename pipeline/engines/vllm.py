@@ -42,7 +42,7 @@ class VllmEngine:
             started.pop_all()
 
     def generate(self, requests: Sequence[GroupRequest], sampling: SamplingConfig) -> Iterator[Group]:
-        """See `Engine.generate`. Token ids may differ with what else runs, by the rounding of batched sums.
+        """See `Engine.generate`.
 
         Raises:
             EngineError: an engine died more often than `engine.vllm.max_restarts` allows.
@@ -96,13 +96,9 @@ class VllmEngine:
                 thread.join()
 
     def update_weights(self, folder: Path) -> None:
-        """Exchanges the weights in the running engines for those of another folder of the same model.
+        """See `UpdatableEngine.update_weights`; what was cached of prompts is dropped.
 
-        What was cached of prompts under the old weights is dropped. No group may be running.
-
-        Raises:
-            EngineError: the folder's weights do not fit the model. The engines go on with those that they
-                had, for which one of them starts again.
+        An engine that refuses the weights starts again with those that it had.
         """
         with ExitStack() as undo:
             for core in self._cores:

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from reference import differences
 
 from pipeline.config import SamplingConfig
-from pipeline.engines.base import GroupRequest, checked
+from pipeline.engines.base import GroupRequest, UpdatableEngine, checked
 from pipeline.engines.transformers import TransformersEngine
 from pipeline.errors import EngineError, PromptError
 from pipeline.models import load_model
@@ -171,6 +172,20 @@ def test_a_group_is_handed_out_before_the_last_one_is_finished(arith: Arith) -> 
     hook.remove()
     assert len(seen) == len(requests)
     assert seen[0] < seen[-1]
+
+
+def test_it_samples_from_the_model_that_it_was_given_as_it_stands() -> None:
+    model = load_model(ARITH / "model", "cpu")
+    engine = TransformersEngine(model, load_tokenizer(ARITH / "model"))
+    assert not isinstance(engine, UpdatableEngine)  # a trainer has nothing to hand it
+    request = GroupRequest(read_prompts(str(ARITH / "prompts.jsonl"), 1)[0], (1, 2))
+    (before,) = engine.generate([request], SAMPLING)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    (after,) = engine.generate([request], SAMPLING)
+    assert differences(model, [after])[1].max() <= 1e-4
+    assert differences(model, [before])[1].max() > 0.01
 
 
 def test_no_requests_are_no_groups(arith: Arith) -> None:

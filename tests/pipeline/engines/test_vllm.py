@@ -20,7 +20,7 @@ from vllm_engines import EXACT, agreement, nan_model, narrow_model, opened, samp
 
 from pipeline.config import SamplingConfig
 from pipeline.engines import tap
-from pipeline.engines.base import Engine
+from pipeline.engines.base import Engine, UpdatableEngine
 from pipeline.engines.vllm import VllmEngine
 from pipeline.errors import EngineError, PromptError
 
@@ -76,6 +76,7 @@ def test_weights_are_exchanged_in_the_running_engine(
 ) -> None:
     sampling, requests = SamplingConfig(max_tokens=64), requests_of(arith_prompts(24), group_size=4)
     before = sampled(plain, requests, sampling)
+    assert isinstance(plain, UpdatableEngine)
     other = scaled_model(tmp_path / "model")
     try:
         plain.update_weights(other)
