@@ -98,25 +98,26 @@ def refuse_long_prompts(
             )
 
 
-def checked(sample: Sample, vocabulary: int) -> Sample:
-    """The sample, if each of its tokens has a log-prob and an entropy that `vocabulary` tokens can have.
+def check_sample(sample: Sample, vocabulary: int) -> None:
+    """Sees to it that each token has a log-prob, and an entropy that `vocabulary` tokens can have.
 
     Raises:
         EngineError: the model's logits are no numbers, or the engine measured something else.
     """
     assert sample.logprobs is not None
     assert sample.entropies is not None
-    num_tokens, entropies = len(sample.completion_ids), sample.entropies
-    if not (np.isfinite(entropies).all() and np.isfinite(sample.logprobs).all()):
+    num_tokens, logprobs, entropies = len(sample.completion_ids), sample.logprobs, sample.entropies
+    if not (np.isfinite(entropies).all() and np.isfinite(logprobs).all()):
         raise EngineError(
             f"The model's logits are not finite in a completion of {num_tokens} tokens: the weights "
             "are broken, or overflow; try engine.dtype = float32."
         )
     greatest = math.log(vocabulary) + _ROUNDING
-    if len(entropies) != num_tokens or not ((entropies >= 0) & (entropies <= greatest)).all():
+    possible = ((entropies >= 0) & (entropies <= greatest)).all()
+    if not possible or not len(entropies) == len(logprobs) == num_tokens:
         smallest, largest = entropies.min(initial=0.0), entropies.max(initial=0.0)
         raise EngineError(
-            f"There are {len(entropies)} entropies for {num_tokens} tokens, from {smallest:.3f} to "
-            f"{largest:.3f} of at most {greatest:.3f} nats. This is a fault of ours."
+            f"There are {len(entropies)} entropies, from {smallest:.3f} to {largest:.3f} of at most "
+            f"{greatest:.3f} nats, and {len(logprobs)} log-probs for {num_tokens} tokens. "
+            "This is a fault of ours."
         )
-    return sample

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from pipeline.config import SamplingConfig
-from pipeline.engines.base import GroupRequest, checked, refuse_long_prompts
+from pipeline.engines.base import GroupRequest, check_sample, refuse_long_prompts
 from pipeline.engines.sampling import DrawRule, draw, noise
 from pipeline.prompts import prompt_messages_ids
 from pipeline.records import Group, Int32, Sample
@@ -169,17 +169,16 @@ class TransformersEngine:
 
 def _group(request: GroupRequest, prompt_ids: Int32, rows: list[_Row], vocabulary: int) -> Group:
     samples = tuple(
-        checked(
-            Sample(
-                sample_index=row.sample_index,
-                seed=request.seeds[row.sample_index],
-                completion_ids=np.array(row.ids, dtype=np.int32),
-                logprobs=np.array(row.logprobs, dtype=np.float32),
-                entropies=np.array(row.entropies, dtype=np.float32),
-                finish_reason=row.finish_reason,
-            ),
-            vocabulary,
+        Sample(
+            sample_index=row.sample_index,
+            seed=request.seeds[row.sample_index],
+            completion_ids=np.array(row.ids, dtype=np.int32),
+            logprobs=np.array(row.logprobs, dtype=np.float32),
+            entropies=np.array(row.entropies, dtype=np.float32),
+            finish_reason=row.finish_reason,
         )
         for row in sorted(rows, key=lambda row: row.sample_index)
     )
+    for sample in samples:
+        check_sample(sample, vocabulary)
     return Group(request.prompt, prompt_ids, samples)

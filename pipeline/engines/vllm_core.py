@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import EngineConfig, SamplingConfig
-from pipeline.engines.base import GroupRequest, checked
+from pipeline.engines.base import GroupRequest, check_sample
 from pipeline.engines.sampling import DrawRule
 from pipeline.engines.tap import Measured, TapRequest
 from pipeline.engines.vllm_failures import EngineDead, reason
@@ -77,7 +77,7 @@ class VllmCore:
                     restarts += 1
                     if restarts > self._config.vllm.max_restarts:
                         raise EngineError(
-                            f"vLLM died, and the restarts without a group finished between are used up "
+                            "vLLM died, and the restarts without a group finished between are used up "
                             f"(engine.vllm.max_restarts = {restarts - 1}): {reason(error)} "
                             "Finished groups are kept; start the night again to go on."
                         ) from error
@@ -163,9 +163,10 @@ class VllmCore:
         keys = [key for group in complete for key in group.keys]
         measured = self._call("collective_rpc", "take_entropies", args=(keys,))[0]
         for group in complete:
-            for key in group.keys:
+            sampled = self._group(group, measured)
+            for key in group.keys:  # not before: a group that is refused stays to be sampled
                 del running[key]
-            yield self._group(group, measured)
+            yield sampled
 
     def _group(self, group: _Running, measured: dict[str, bytes]) -> Group:
         samples = tuple(
@@ -178,14 +179,12 @@ class VllmCore:
         self, index: int, seed: int, done: tuple[Int32, Float32 | None, str], measured: Measured
     ) -> Sample:
         """The first T measurements are those of the completion: what came after it was cut off."""
-        ids, logprobs, finish_reason = done
-        drawn = logprobs is None
-        if logprobs is None:
-            logprobs = measured.logprobs[: len(ids)]
+        ids, of_vllm, finish_reason = done
+        logprobs = measured.logprobs[: len(ids)] if of_vllm is None else of_vllm
         sample = Sample(index, seed, ids, logprobs, measured.entropies[: len(ids)], finish_reason)
-        sample = checked(sample, self._vocabulary)
-        # afterwards: where logits are NaN, vLLM takes any token
-        if drawn and not np.array_equal(measured.tokens[: len(ids)], ids):
+        check_sample(sample, self._vocabulary)
+        # only now: where logits are NaN, vLLM takes any token
+        if of_vllm is None and not np.array_equal(measured.tokens[: len(ids)], ids):
             raise EngineError("vLLM returned other tokens than the tap drew. This is a fault of ours.")
         return sample
 

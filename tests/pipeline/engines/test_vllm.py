@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,13 +17,14 @@ from reference import (
     requests_of,
 )
 from transformers import PreTrainedModel
-from vllm_engines import EXACT, agreement, nan_model, narrow_model, opened, sampled, scaled_model
+from vllm_engines import EXACT, TOKENIZER, agreement, nan_model, narrow_model, opened, sampled, scaled_model
 
 from pipeline.config import SamplingConfig
 from pipeline.engines import tap
 from pipeline.engines.base import Engine, UpdatableEngine
 from pipeline.engines.vllm import VllmEngine
 from pipeline.errors import EngineError, PromptError
+from pipeline.prompts import prompt_messages_ids
 
 
 def test_a_batch_of_more_requests_than_run_at_once_gives_the_tokens_of_the_transformers_engine(
@@ -117,15 +119,18 @@ def test_a_model_whose_logits_are_nan_gives_one_line_and_no_group(plain: VllmEng
     sampled(plain, requests, sampling)
 
 
-def test_other_tokens_than_the_tap_drew_are_refused(
+def test_other_tokens_than_the_tap_drew_are_refused_and_their_group_stays_to_be_sampled(
     plain: VllmEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    requests = requests_of(arith_prompts(2), group_size=2)
+    sampling, requests = SamplingConfig(max_tokens=8), requests_of(arith_prompts(2), group_size=2)
+    line = deque((one, prompt_messages_ids(TOKENIZER, one.prompt.messages)) for one in requests)
     with monkeypatch.context() as patch:
         patch.setattr(tap, "_CERTAIN", -1e30)  # a drawn token that vLLM's sampler never takes
         with pytest.raises(EngineError, match="other tokens than the tap drew"):
-            next(plain.generate(requests, SamplingConfig(max_tokens=8)))
-    sampled(plain, requests, SamplingConfig(max_tokens=8))
+            next(plain._cores[0].stream(line, sampling))
+    assert len(line) == 2
+    assert plain._cores[0].num_tapped() == 0
+    check_whole(list(plain._cores[0].stream(line, sampling)), requests, sampling)
 
 
 def test_a_prompt_that_leaves_no_room_is_refused_before_anything_runs(plain: VllmEngine) -> None:
