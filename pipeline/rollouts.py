@@ -33,7 +33,7 @@ class Sampled:
     policy: Policy
     sampling: SamplingConfig
     logprobs_kind: str
-    entropy_kind: str
+    entropy_kind: str | None
     verifier: str
     verifier_version: str
     entropy_bits: int = FLOAT32_BITS

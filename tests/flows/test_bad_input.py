@@ -14,6 +14,7 @@ import pytest
 from attempts import EXTENSIONS, FILES, NETWORK, WRITES
 
 from flows.cli import main
+from pipeline.engines import vllm_start
 
 
 def says(line: str, *parts: object) -> None:
@@ -169,6 +170,12 @@ def test_servers_that_are_not_named_are_asked_for(refused, tmp_path):
     config = tmp_path / "night.toml"
     config.write_text('[engine]\nkind = "server"\n[engine.server]\nendpoints = ["gpu1:8000"]\n')
     says(refused("generate", "--config", config), "`gpu1:8000`", "no URL", "http://gpu1:8000/v1")
+
+
+@pytest.mark.parametrize("command", ["generate", "nightly"])
+def test_a_vllm_that_was_not_tested_is_named_with_the_range(refused, monkeypatch, command):
+    monkeypatch.setattr(vllm_start, "installed_version", lambda: "0.99.0")
+    says(refused(command, "--engine", "vllm"), "vLLM 0.99.0 is outside", "0.32", "Install one of these")
 
 
 def test_an_unknown_dtype_is_refused_with_the_known_ones(refused, tmp_path):

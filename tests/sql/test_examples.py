@@ -177,9 +177,7 @@ def test_answers_go_by_the_newest_verdict(sample_lake, tmp_path):
     lake = Lake.open(shutil.copytree(sample_lake.lake.folder, tmp_path / "lake"))
     rollout_id = overturned(lake)[0]
     with lake.reader() as reader:
-        disagreements = sum(
-            row["num_disagreements"] for row in reader.rows(example("verifier_disagreements"))
-        )
+        pairs = reader.rows(example("verifier_disagreements"))
         query = "select * from {} join rollouts using (group_id) where rollout_id = $id"
         groups = reader.rows(query.format("groups"), {"id": rollout_id})
         varied = reader.rows(query.format("variance_top_p(1)"), {"id": rollout_id})
