@@ -19,7 +19,7 @@ from pipeline.formats import named
 from pipeline.formats.json_lines import NO_OBJECT, first_object, numbered_lines
 from pipeline.formats.parquet_rows import column_names, parquet_tables
 from pipeline.formats.source_rows import SourceRow
-from pipeline.importing import import_rollouts
+from pipeline.imports.core import import_rollouts
 from pipeline.ingest import Ingested
 from pipeline.lake import Lake
 

@@ -28,7 +28,7 @@ from measure import medians, peak_mebibytes, print_table
 from pipeline.errors import FormatError
 from pipeline.formats.canonical import import_canonical
 from pipeline.hashing import file_sha256
-from pipeline.import_rows import ImportContext, completed_row
+from pipeline.imports.rows import ImportContext, completed_row
 from pipeline.ingest import ingest
 from pipeline.lake import Lake
 from pipeline.models import model_folder

@@ -1,6 +1,6 @@
 """One row of a dump at a time: what is wrong with it, or the row with its defaults and steps.
 
-This is the authority on what may enter. Rows that `import_columns` finds beyond doubt do not come here.
+This is the authority on what may enter. Rows that `columns` finds beyond doubt do not come here.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import pyarrow as pa
 from pipeline import schema
 from pipeline.errors import FormatError
 from pipeline.hashing import content_id, ids_array
+from pipeline.imports.token_facts import TokenFacts
 from pipeline.prompts import prompt_messages_ids
 from pipeline.records import Prompt
 from pipeline.rollouts import problem_of
 from pipeline.steps import SPLITTER
-from pipeline.token_facts import TokenFacts
 from pipeline.tokenization import completion_step_ends, completion_text, tokenizer_hash
 
 ORIGINS = ("policy", "trainer", "expert")
