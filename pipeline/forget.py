@@ -226,9 +226,7 @@ def forget(lake: Lake, found: Forgetting) -> Forgot:
                 shards = notice_shards(reader, found.clips, "forgotten")
             keys = {name: (COLUMNS[name], values) for name, values in found.keys.items()}
             remembered = _remembered(found)
-            rows = lake.changed(
-                lambda connection, written: remove_rows(lake, connection, written, keys, remembered)
-            )
+            rows = lake.changed(lambda writer: remove_rows(writer, keys, remembered))
             reports = _tidy_runs(lake, found)
             purge_catalog(lake)
     finally:
