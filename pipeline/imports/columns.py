@@ -17,6 +17,7 @@ from pipeline import schema
 from pipeline.errors import EchoMineError
 from pipeline.flat_lists import Lists, Mask, list_array
 from pipeline.hashing import content_id, ids_array
+from pipeline.imports.context import ImportContext
 from pipeline.imports.rows import (
     DEFAULTS,
     ENTROPY_KINDS,
@@ -24,7 +25,6 @@ from pipeline.imports.rows import (
     LEAST,
     NAMES,
     ORIGINS,
-    ImportContext,
     prompt_columns,
 )
 from pipeline.imports.types import Columns

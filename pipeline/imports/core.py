@@ -23,7 +23,7 @@ from pipeline.forgotten import FORGOTTEN, PLACE, Forgotten
 from pipeline.formats.source_rows import Format
 from pipeline.hashing import content_id, file_sha256
 from pipeline.imports.batches import batches
-from pipeline.imports.rows import ImportContext
+from pipeline.imports.context import ImportContext
 from pipeline.imports.staging import ImportStaging, bytes_in_memory
 from pipeline.ingest import Ingested, conflicts, ingest_table
 from pipeline.lake import Lake

@@ -26,7 +26,8 @@ from pipeline.lake import Lake
 from pipeline.lake_upkeep import delete_orphans
 from pipeline.lake_writer import Writer
 from pipeline.mine import mine
-from pipeline.rollouts import Refused, quarantine_table, rollout_table
+from pipeline.quarantine import Refused, quarantine_table
+from pipeline.rollouts import rollout_table
 
 WORKER = Path(__file__).with_name("lake_worker.py")
 
