@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Collection, Iterator, Mapping
-from pathlib import Path
-from tempfile import gettempdir
 from typing import TYPE_CHECKING, Any
 
 import duckdb
 import pyarrow as pa
 
 from pipeline import schema
-from pipeline.catalog import quoted
-from pipeline.errors import LakeError, QueryError, said
-from pipeline.interrupts import stoppable
-from pipeline.query import Limits, Selection, reading_only
+from pipeline.errors import LakeError
+from pipeline.lake_query import answered
+from pipeline.query import Limits, Selection
 from pipeline.sqlfiles import macros, params_of, relations, relations_of
 from pipeline.verified import Verification
 
@@ -23,8 +19,6 @@ if TYPE_CHECKING:
     from pipeline.lake import Lake
 
 NO_LIMITS = Limits()
-
-
 # `meta` names the runs of each group that lies in several, under this and the group's id.
 SPANNING_GROUP = "a run of group "
 
@@ -33,7 +27,6 @@ _NEWS = """
     from ducklake_table_insertions('lake', 'main', 'rollouts', $first, $last)
     where snapshot_id > $since
 """
-
 
 _HISTORY = """
     select
@@ -68,7 +61,6 @@ class Reader:
         self.connection = connection
         self.lake = lake
         self.snapshot = snapshot
-        self._locked = False
         self._unmade = dict(relations())
         self._add_later_tables()
         for statement in macros():
@@ -237,54 +229,4 @@ class Reader:
             KeyboardInterrupt: the user stopped it; the session can go on.
         """
         self._make(relations())
-        checked = reading_only(self.connection, sql)
-        with stoppable(self.connection.interrupt, limits.timeout_seconds) as stopped:
-            try:
-                self._lock_down(limits.memory)
-                return _answer(self.connection.execute(checked), limits.max_rows)
-            except duckdb.InterruptException as error:
-                if stopped.by_user:
-                    raise KeyboardInterrupt from error
-                raise QueryError(
-                    f"The query took longer than {limits.timeout_seconds:g} s and was stopped. "
-                    "Ask for less, or give it more with --timeout."
-                ) from error
-            except duckdb.OutOfMemoryException as error:
-                raise QueryError(
-                    f"The query needs more memory than {limits.memory or 'there is'}. "
-                    "Ask for less, or give it more with --memory-limit."
-                ) from error
-            except duckdb.Error as error:
-                raise QueryError(
-                    f"The query failed: {said(error)}. Mend it; `describe` names a relation's columns."
-                ) from error
-
-    def _lock_down(self, memory: str | None) -> None:
-        """From here on the session reaches this lake's data files only; it cannot be undone."""
-        if self._locked:
-            return
-        # What does not fit into memory goes aside, by default into the folder the user stands in.
-        aside = Path(gettempdir()) / f"echomine-{uuid.uuid4().hex}"
-        self.connection.execute(f"set temp_directory = '{quoted(aside)}'")
-        if memory is not None:
-            self.connection.execute(f"set memory_limit = '{memory}'")
-        self.connection.execute(f"set allowed_directories = ['{quoted(self.lake.files)}/']")
-        self.connection.execute("set python_enable_replacements = false")  # our own variables are no tables
-        self.connection.execute("set enable_external_access = false; set lock_configuration = true")
-        self._locked = True
-
-
-def _answer(result: duckdb.DuckDBPyConnection, max_rows: int | None) -> Selection:
-    names = [column[0] for column in result.description]
-    if max_rows is None:
-        return Selection(names, result.to_arrow_table())
-    reader = result.to_arrow_reader(max_rows + 1)
-    batches, num_rows = list[pa.RecordBatch](), 0
-    while num_rows <= max_rows:
-        try:
-            batches.append(reader.read_next_batch())
-        except StopIteration:
-            break
-        num_rows += batches[-1].num_rows
-    table = pa.Table.from_batches(batches, reader.schema)
-    return Selection(names, table.slice(0, max_rows), cut_off=num_rows > max_rows)
+        return answered(self.connection, self.lake.files, sql, limits)

@@ -22,7 +22,9 @@ from pipeline import schema, verified
 from pipeline.config import MaintainConfig
 from pipeline.errors import LakeError
 from pipeline.hashing import file_sha256
+from pipeline.holds import held
 from pipeline.lake import Lake
+from pipeline.lake_upkeep import delete_orphans, maintained
 from pipeline.parquet import ROW_GROUP_ROWS
 from pipeline.sqlfiles import sql_file
 
@@ -94,7 +96,7 @@ def merge_small_files(lake: Lake, config: MaintainConfig, dry_run: bool = False)
             f"{damaged[0].path} in {lake.folder} {damaged[0].problem} ({len(damaged)} such files). "
             "Restore it from a backup, then run `echomine maintain` again; nothing was merged."
         )
-    with lake.maintained() as connection:
+    with maintained(lake) as connection:
         for option, value in PARQUET_OPTIONS.items():
             connection.execute("call ducklake_set_option('lake', ?, ?)", [option, value])
         done = connection.execute(
@@ -143,13 +145,13 @@ def expire_snapshots(lake: Lake, config: MaintainConfig, dry_run: bool = False) 
     Returns:
         how many were forgotten.
     """
-    with lake.maintained() as connection:
+    with maintained(lake) as connection:
         with lake.reader() as reader:
             history = reader.history()
             since = datetime.now(UTC) - timedelta(days=config.retention_days)
             named = reader.rows(sql_file("maintenance/named_snapshots"), {"named_since": since})
         kept = {history[0]["snapshot"], history[-1]["snapshot"]}
-        kept |= {row["snapshot"] for row in named} | set(_nights(lake, since)) | lake.held_snapshots()
+        kept |= {row["snapshot"] for row in named} | set(_nights(lake, since)) | held(lake.folder)
         recent = datetime.now(UTC) - timedelta(hours=config.grace_hours)
         for row, after in pairwise(history):
             if after["created_at"] >= recent:
@@ -183,10 +185,10 @@ def delete_unnamed_files(lake: Lake, config: MaintainConfig, dry_run: bool = Fal
         that were killed over an hour ago.
     """
     oldest = datetime.now(UTC) - timedelta(hours=config.grace_hours)
-    with lake.maintained() as connection:
+    with maintained(lake) as connection:
         deleted = connection.execute(
             "call ducklake_cleanup_old_files('lake', older_than => ?, dry_run => ?)", [oldest, dry_run]
         ).fetchall()
     if deleted and not dry_run:
         verified.forget(lake.folder, [str(Path(path).relative_to(lake.folder)) for (path,) in deleted])
-    return len(deleted), lake.delete_orphans(dry_run=dry_run)
+    return len(deleted), delete_orphans(lake, dry_run=dry_run)

@@ -14,9 +14,9 @@ import numpy as np
 
 from pipeline.config import EngineConfig, SamplingConfig
 from pipeline.engines.base import GroupRequest, check_sample
-from pipeline.engines.sampling import DrawRule
-from pipeline.engines.tap import Measured, TapRequest
+from pipeline.engines.tap import Measured
 from pipeline.engines.vllm_failures import EngineDead, reason
+from pipeline.engines.vllm_params import flat_logprobs, sampling_params
 from pipeline.engines.vllm_start import start_vllm, stop_vllm
 from pipeline.errors import EngineError
 from pipeline.records import Float32, Group, Int32, Sample
@@ -103,41 +103,12 @@ class VllmCore:
             self._submit(group, sampling)
 
     def _submit(self, group: _Running, sampling: SamplingConfig) -> None:
+        on_cpu = self._engine.vllm_config.device_config.device_type == "cpu"
         for key, seed in zip(group.keys, group.request.seeds, strict=True):
             if key not in group.done:
-                params = self._params(key, seed, sampling)
+                params = sampling_params(key, seed, sampling, self._config, on_cpu)
                 prompt = {"type": "token", "prompt_token_ids": group.prompt_ids.tolist()}
                 self._call("add_request", key, prompt, params)
-
-    def _params(self, key: str, seed: int, sampling: SamplingConfig) -> Any:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        draws = self._config.vllm.sampler == "tap"
-        request = TapRequest(
-            key, seed, sampling.max_tokens, DrawRule.of(sampling, self._config.entropy_kind), draws
-        )
-        if draws:
-            # greedy takes what the tap made certain; a seed of vLLM's own is not needed, and together with
-            # prompts that are read in pieces it would kill a CPU engine
-            drawing: dict[str, Any] = {"temperature": 0.0}
-        else:
-            drawing = {
-                "temperature": sampling.temperature,
-                "top_p": sampling.top_p,
-                "top_k": sampling.top_k,
-                "seed": None if self._engine.vllm_config.device_config.device_type == "cpu" else seed,
-                "logprobs": 0,
-                "flat_logprobs": True,
-            }
-        return SamplingParams(
-            max_tokens=sampling.max_tokens,
-            stop=list(sampling.stop),
-            detokenize=bool(sampling.stop),
-            output_kind=RequestOutputKind.FINAL_ONLY,
-            extra_args=request.as_arguments(),
-            **drawing,
-        )
 
     def _step(self, running: dict[str, _Running]) -> Iterator[Group]:
         """One step of the engine; the groups that are complete with it."""
@@ -153,7 +124,7 @@ class VllmCore:
                 )
             group.done[output.request_id] = (
                 np.array(completion.token_ids, dtype=np.int32),
-                _flat_logprobs(completion),
+                flat_logprobs(completion),
                 completion.finish_reason,
             )
             if len(group.done) == len(group.keys):
@@ -242,11 +213,3 @@ class VllmCore:
         if self._engine is not None:
             stop_vllm(self._engine)
             self._engine = None
-
-
-def _flat_logprobs(completion: Any) -> Float32 | None:
-    """vLLM's own log-probs of the sampled tokens: the first entry of each position."""
-    flat = completion.logprobs
-    if flat is None:
-        return None
-    return np.array([flat.logprobs[start] for start in flat.start_indices], dtype=np.float32)

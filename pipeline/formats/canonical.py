@@ -21,7 +21,7 @@ from pipeline.formats.json_lines import first_object
 from pipeline.formats.json_rows import json_lines
 from pipeline.formats.parquet_rows import column_names, parquet_rows, parquet_tables
 from pipeline.formats.source_rows import SourceRow, check_file
-from pipeline.importing import import_rollouts
+from pipeline.imports.core import import_rollouts
 from pipeline.ingest import Ingested
 from pipeline.lake import Lake
 

@@ -16,12 +16,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from sample_lake import character_tokenizer
 
-import pipeline.import_batches
-import pipeline.import_staging
-import pipeline.importing
+import pipeline.imports.batches
+import pipeline.imports.core
+import pipeline.imports.staging
 from pipeline.formats.canonical import import_canonical
-from pipeline.import_batches import Batch
-from pipeline.import_staging import ImportStaging
+from pipeline.imports.batches import Batch
+from pipeline.imports.staging import ImportStaging
 from pipeline.lake import Lake
 
 
@@ -31,8 +31,8 @@ def killed() -> None:
 
 def main() -> None:
     folder, when, *files = sys.argv[1:]
-    pipeline.import_staging.PART_BYTES = 4096  # many parts
-    pipeline.import_batches.BATCH_ITEMS = 500
+    pipeline.imports.staging.PART_BYTES = 4096  # many parts
+    pipeline.imports.batches.BATCH_ITEMS = 500
     seen = 0
 
     def counted(*_: object) -> None:
@@ -50,8 +50,8 @@ def main() -> None:
 
         ImportStaging.add = adding  # type: ignore[method-assign]
     else:
-        commit = pipeline.importing._committed
-        pipeline.importing._committed = lambda *a: (counted(), commit(*a))[1]  # type: ignore[assignment]
+        commit = pipeline.imports.core._committed
+        pipeline.imports.core._committed = lambda *a: (counted(), commit(*a))[1]  # type: ignore[assignment]
     import_canonical(Lake.open(Path(folder)), [Path(file) for file in files], character_tokenizer())
 
 

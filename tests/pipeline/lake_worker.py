@@ -11,9 +11,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import pipeline.lake
 from pipeline.errors import LakeError
 from pipeline.lake import Lake
+from pipeline.lake_writer import Writer
 from pipeline.rollouts import rollout_table
 
 
@@ -70,7 +70,7 @@ def die(folder: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     lake = Lake.open(folder)
-    pipeline.lake._insert = killed  # the row in `files`, right after the data file was registered
+    Writer._insert = killed  # the row in `files`, right after the data file was registered
     lake.commit({"rollouts": rollout_table([rollout("lost", i) for i in (0, 1)])})
 
 

@@ -16,13 +16,15 @@ from pipeline.config import ExportConfig, MiningConfig
 from pipeline.errors import BusyError, PromptError
 from pipeline.exports.core import export_clips
 from pipeline.exports.shards import SHARDS
-from pipeline.forget import find, forget
+from pipeline.forget import forget
+from pipeline.forgetting import find
 from pipeline.forgotten import Forgotten
 from pipeline.ingest import ingest
 from pipeline.lake import Lake
 from pipeline.mine import mine
+from pipeline.quarantine import Refused
 from pipeline.records import Prompt
-from pipeline.rollouts import Refused, rollout_table
+from pipeline.rollouts import rollout_table
 from pipeline.shards import load_clips
 
 SECRET, WRITTEN = "zzz Quokka 7141 zzz", "aaa Wombat 9253 aaa"  # the last and the first of their columns

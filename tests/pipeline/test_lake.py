@@ -13,18 +13,20 @@ from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
+import duckdb
 import pyarrow as pa
 import pytest
 from lake_worker import rollout
 
-import pipeline.lake
-import pipeline.lake_reader
 from pipeline import schema
 from pipeline.config import MiningConfig
 from pipeline.errors import LakeError
 from pipeline.lake import Lake
+from pipeline.lake_upkeep import delete_orphans
+from pipeline.lake_writer import Writer
 from pipeline.mine import mine
-from pipeline.rollouts import Refused, quarantine_table, rollout_table
+from pipeline.quarantine import Refused, quarantine_table
+from pipeline.rollouts import rollout_table
 
 WORKER = Path(__file__).with_name("lake_worker.py")
 
@@ -91,7 +93,6 @@ def test_a_lake_of_an_older_schema_gets_the_tables_it_lacks(
     with monkeypatch.context() as patch:
         patch.setattr(schema, "TABLES", older)
         patch.setattr(schema, "SCHEMA_VERSION", 2)
-        patch.setattr(pipeline.lake_reader, "views", tuple)  # theirs knew no later tables
         Lake.create(tmp_path / "lake").commit(group("a"))
     lake = Lake.open(tmp_path / "lake")
     assert groups_in(lake) == ["a"]
@@ -124,15 +125,15 @@ def test_a_commit_whose_second_table_fails_leaves_no_row_and_no_file(lake: Lake)
 
 
 def test_a_commit_that_is_tried_again_leaves_one_file(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
-    insert, calls = pipeline.lake._insert, []
+    insert, calls = Writer._insert, []
 
     def locked_once(*arguments: object) -> None:
         calls.append(arguments)
         if len(calls) == 1:
-            raise pipeline.lake.duckdb.TransactionException("database is locked")
+            raise duckdb.TransactionException("database is locked")
         insert(*arguments)
 
-    monkeypatch.setattr(pipeline.lake, "_insert", locked_once)
+    monkeypatch.setattr(Writer, "_insert", locked_once)
     lake.commit(group("a"))
     assert len(calls) == 2
     assert len(data_files(lake)) == 1
@@ -311,10 +312,10 @@ def test_a_writer_killed_before_its_commit_leaves_only_an_orphan(lake: Lake) -> 
     (orphan,) = set(data_files(lake)) - {kept, *clips}
     partial = kept.with_name(f".{kept.name}.0.partial")
     partial.write_bytes(b"cut off")
-    assert lake.delete_orphans() == 0, "it may still be under way"
+    assert delete_orphans(lake) == 0, "it may still be under way"
     os.utime(orphan, (0, 0))
     os.utime(partial, (0, 0))
-    assert lake.delete_orphans(older_than=timedelta(hours=1)) == 2
+    assert delete_orphans(lake, older_than=timedelta(hours=1)) == 2
     assert set(data_files(lake)) == {kept, *clips}
     assert lake.commit(group("lost")) == {"rollouts": 2}
     assert groups_in(lake) == ["a", "lost"]

@@ -17,12 +17,13 @@ from sample_lake import LakeBuilder
 from pipeline.config import MiningConfig
 from pipeline.errors import LakeError, MiningError
 from pipeline.mine import mine
+from pipeline.quarantine import Refused
 from pipeline.records import Prompt
 from pipeline.report import write_report
 from pipeline.report_charts import CLASS_COLOURS, classes_charts, training_charts
 from pipeline.report_clips import clip_views
 from pipeline.report_text import embedded_json, number, percent, printable, with_newlines_marked
-from pipeline.rollouts import Refused, prompt_table
+from pipeline.rollouts import prompt_table
 
 TAKE = "document.title='taken'"
 HOSTILE = (

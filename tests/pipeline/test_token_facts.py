@@ -10,8 +10,8 @@ from sample_lake import character_tokenizer
 from tokenizers import AddedToken, ByteLevelBPETokenizer, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from pipeline.imports.token_facts import TokenFacts
 from pipeline.models import model_folder
-from pipeline.token_facts import TokenFacts
 from pipeline.tokenization import completion_step_ends, completion_text, load_tokenizer
 
 

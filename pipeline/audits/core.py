@@ -9,12 +9,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from pipeline.audit_rows import dump_rows, source_rows
-from pipeline.audit_rules import RuleFigures, rule_figures
+from pipeline.audits.rows import dump_rows, source_rows
+from pipeline.audits.rules import RuleFigures, rule_figures
 from pipeline.config import MiningConfig
 from pipeline.errors import EchoMineError
 from pipeline.formats.source_rows import Format
-from pipeline.importing import check_dumps, import_rollouts, with_formats
+from pipeline.imports.core import check_dumps, import_rollouts, with_formats
 from pipeline.lake import Lake
 from pipeline.lake_reader import Reader
 from pipeline.mine import WHOLE_LAKE, mine
