@@ -9,10 +9,11 @@ from __future__ import annotations
 import tomllib
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from pipeline.delimiters import written_delimiter
 from pipeline.errors import ConfigError, nearest
 
 DEFAULT_LAKE = Path("data/lake")
@@ -135,6 +136,9 @@ class MiningConfig(Section):
     )
     max_clips: int | None = Field(None, ge=0, description="clips kept in all")
     max_clips_per_prompt: int | None = Field(None, ge=0, description="clips kept of one prompt")
+    delimiter: Annotated[str | None, AfterValidator(written_delimiter)] = Field(
+        None, description=r"white space that ends a step, as \n or \x20; none: the steps as stored"
+    )
     success_reward: float = Field(1.0, description="the reward of a success")
     fail_reward: float = Field(0.0, description="the reward of a failure")
     reward_tolerance: float = Field(1e-6, ge=0, description="rewards this close are equal")

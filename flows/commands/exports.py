@@ -11,6 +11,7 @@ import click
 from flows.commands.group import EXAMPLE, Commands, echomine
 from flows.commands.output import counted, print_json
 from flows.options import (
+    chosen_tokenizer,
     common_options,
     json_option,
     section_options,
@@ -71,7 +72,7 @@ def luffy(tokenizer: Path | None, **given: Any) -> None:
     """verl's prompt Parquet with each clip's text as `target`, for LUFFY and EchoRL."""
     from pipeline.exports.luffy import export_luffy
 
-    _export(given, export_luffy, lambda settings: {"tokenizer": _tokenizer(tokenizer, settings)})
+    _export(given, export_luffy, lambda settings: {"tokenizer": chosen_tokenizer(tokenizer, settings)})
 
 
 @export.command(
@@ -84,7 +85,7 @@ def sft(tokenizer: Path | None, **given: Any) -> None:
     """Chat messages as JSON lines, the last one the clip, after which a chat template will end the turn."""
     from pipeline.exports.sft import export_sft
 
-    _export(given, export_sft, lambda settings: {"tokenizer": _tokenizer(tokenizer, settings)})
+    _export(given, export_sft, lambda settings: {"tokenizer": chosen_tokenizer(tokenizer, settings)})
 
 
 @export.command(
@@ -116,7 +117,7 @@ def trl(tokenizer: Path | None, **given: Any) -> None:
     """Prompts and clips as Parquet, as text and as the tokens that were sampled, for TRL's SFTTrainer."""
     from pipeline.exports.trl import export_trl
 
-    _export(given, export_trl, lambda settings: {"tokenizer": _tokenizer(tokenizer, settings)})
+    _export(given, export_trl, lambda settings: {"tokenizer": chosen_tokenizer(tokenizer, settings)})
 
 
 @export.command(
@@ -129,7 +130,7 @@ def hf(tokenizer: Path | None, **given: Any) -> None:
     """A folder with a card; `datasets.load_dataset` opens the folder that is printed."""
     from pipeline.exports.hf import export_hf
 
-    _export(given, export_hf, lambda settings: {"tokenizer": _tokenizer(tokenizer, settings)})
+    _export(given, export_hf, lambda settings: {"tokenizer": chosen_tokenizer(tokenizer, settings)})
 
 
 def _export(
@@ -158,13 +159,3 @@ def _export(
         click.echo(f"{done.clips} clips in {done.folder}; left out: {counted(done.dropped)}")
     if not done.clips:
         raise NothingToMine("No clip was left to export. The counts say which rule left out what.")
-
-
-def _tokenizer(folder: Path | None, settings: NightlyConfig) -> Any:
-    from pipeline.tokenization import load_tokenizer
-
-    if folder is None:
-        from pipeline.models import model_folder
-
-        folder = model_folder(settings.model)
-    return load_tokenizer(folder)
