@@ -76,8 +76,8 @@ def mine(
         tokenizer: gives the one that sampled the rollouts; called only if they are split again.
 
     Raises:
-        MiningError: entropies of several kinds, or by several judges, would be ranked together, or rollouts to
-            split again are of another tokenizer.
+        MiningError: entropies of several kinds, or by several judges, would be ranked together, or successes
+            to split again are of another tokenizer.
         LakeError: a data file that is met for the first time is damaged.
     """
     started = time.monotonic()

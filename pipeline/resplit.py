@@ -1,4 +1,4 @@
-"""Mining with a delimiter of its own: successes are split again, from their tokens and entropies as stored."""
+"""Mining with a delimiter of its own: successes are split again, from their tokens and stored entropies."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ from pipeline.token_facts import TokenFacts
 from pipeline.tokenization import tokenizer_hash
 
 _BATCH_ROWS = 2048
-_NEW_STEPS = pa.schema(
-    [schema.ROLLOUTS.field(name) for name in ("rollout_id", "step_ends", "step_entropies")]
-)
+_NEW_STEPS = pa.schema(map(schema.ROLLOUTS.field, ("rollout_id", "step_ends", "step_entropies")))
 
 
 class Resplitter:
@@ -54,12 +52,13 @@ class Resplitter:
         reader.materialize("successes", sql_file("mining/resplit_successes"), self.settings)
 
     def _steps(self, tokens: pa.Table) -> pa.RecordBatch:
-        """The steps of some rollouts; their entropies are float32 as stored, so the means are those of import."""
+        """The steps of some rollouts, their entropies as an import of the stored ones would have them."""
         ids, entropies = Lists(tokens["completion_ids"]), Lists(tokens["completion_entropies"])
         if len(ids.flat) and not 0 <= ids.flat.min() <= ids.flat.max() < self._num_tokens:
             raise MiningError(
-                f"Successes to split again have token ids up to {ids.flat.max()}, and the tokenizer given has "
-                f"{self._num_tokens} tokens. Give --tokenizer the folder of the model that sampled them."
+                f"Successes to split again have token ids from {ids.flat.min()} to {ids.flat.max()}, and "
+                f"the tokenizer given has {self._num_tokens} tokens. Give --tokenizer the folder of the model "
+                "that sampled them."
             )
         ends, counts = self._facts.step_ends(ids.flat, ids.offsets)
         means = mean_step_entropies(entropies.flat, ends, np.repeat(entropies.offsets[:-1], counts))
@@ -86,7 +85,7 @@ class Resplitter:
         if others:
             named = ", ".join(f"{other['num_rollouts']} by {other['name'][:12]}" for other in others)
             raise MiningError(
-                f"Successes to split again have their tokens by another tokenizer ({named}) than the one given, "
-                f"{self.settings['tokenizer_hash'][:12]}. Give --tokenizer the folder of the model that sampled "
-                "them, or choose with --run what one tokenizer made."
+                f"Successes to split again are of another tokenizer ({named}) than the one given, "
+                f"{self.settings['tokenizer_hash'][:12]}. Give --tokenizer the folder of the model that "
+                "sampled them, or choose with --run what one tokenizer made."
             )

@@ -102,8 +102,8 @@ def simulate(
     Raises:
         ConfigError: no such setting, or no such value.
         NothingToMine: there is no mining to compare with.
-        MiningError: several entropy kinds would be ranked together, or rollouts to split again are of
-            another tokenizer.
+        MiningError: several entropy kinds would be ranked together, or successes to split again are
+            of another tokenizer.
         LakeError: no such snapshot.
     """
     with lake.reader() as newest:

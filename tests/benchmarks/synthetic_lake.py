@@ -144,7 +144,7 @@ def _tokenizer_hash() -> str:
 
 
 def _completion_ids(random: np.random.Generator, begins: np.ndarray, step_ends: np.ndarray) -> np.ndarray:
-    """Words, the last token of each step the end of a line, the last of each completion that of the sequence."""
+    """Words; the last token of each step ends a line, that of each completion the sequence."""
     ids = _token_ids(random, int(begins[-1]))
     ids[step_ends - 1] = NUM_WORDS + random.integers(0, len(LINE_ENDS), len(step_ends))
     ids[begins[1:] - 1] = VOCABULARY - 1
