@@ -238,8 +238,9 @@ def validated(model: type[ConfigT], values: dict[str, Any], where: str) -> Confi
             raise ConfigError(
                 f"Unknown config key `{key}` in {where}: {nearest(str(first['loc'][-1]), known)}"
             ) from None
+        why = first["msg"].removeprefix("Value error, ")
         raise ConfigError(
-            f"Config key `{key}` in {where} is {first['input']!r:.80}: {first['msg']}. Give a valid value."
+            f"Config key `{key}` in {where} is {first['input']!r:.80}: {why}. Give a valid value."
         ) from None
 
 

@@ -57,7 +57,7 @@ class Resplitter:
         if len(ids.flat) and not 0 <= ids.flat.min() <= ids.flat.max() < self._num_tokens:
             raise MiningError(
                 f"Successes to split again have token ids from {ids.flat.min()} to {ids.flat.max()}, and "
-                f"the tokenizer given has {self._num_tokens} tokens. Give --tokenizer the folder of the model "
+                f"the tokenizer has {self._num_tokens} tokens. Give --tokenizer the folder of the model "
                 "that sampled them."
             )
         ends, counts = self._facts.step_ends(ids.flat, ids.offsets)
