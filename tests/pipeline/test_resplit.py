@@ -5,6 +5,7 @@ What they choose is in test_mine_properties.py.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from sample_lake import EOS_ID, LakeBuilder
 
+from flows.cli import main
 from pipeline.config import ExportConfig, MiningConfig, validated
 from pipeline.errors import ConfigError, MiningError
 from pipeline.exports.shards import export_shards
@@ -244,3 +246,15 @@ def test_a_simulation_splits_again_and_a_later_one_may_keep_to_the_stored_steps(
     mine(copy, MiningConfig(delimiter=" "), tokenizer=tokenizer)
     back = simulate(copy, parse_changes("delimiter=none"), tokenizer=tokenizer)
     assert (back.last.clip_tokens, back.what_if.clip_tokens) == (BY_WORD + 1, simulated.last.clip_tokens)
+
+
+def test_the_command_splits_again_with_the_tokenizer_of_a_folder(builder, lake, tmp_path, capsys):
+    builder.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    mining = ["mine", "--lake", str(lake.folder), "--tokenizer", str(tmp_path / "tokenizer")]
+    assert main([*mining, "--delimiter", "\\x20", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    with lake.reader() as reader:
+        clips = reader.rows("select mining_id, clip_tokens from echo_clips")
+    assert clips == [{"mining_id": found["mining_id"], "clip_tokens": BY_WORD + 1}]
+    assert main([*mining, "--what-if", "delimiter=\\n"]) == 0
+    assert "what if delimiter='\\n'" in capsys.readouterr().out
