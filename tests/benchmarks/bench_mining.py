@@ -4,11 +4,12 @@
 
 Each mining is a process of its own, which opens the lake, warms up with another mining, and then mines with
 settings that were not mined before, clips written: seconds, processor seconds (what the seconds would be if
-nothing else ran lies between them and half of them, on two cores) and the peak of resident memory. `resplit`
-splits the successes again at newlines, from their token columns, which chooses the clips of `again`; its memory
-is also that of transformers and torch. `news` mines one more night of 1 % in the same lake. The two others read the same groups from the Parquet files in a
-plain Python loop over the token columns, and from JSON and .npy files with numpy; both on `--slice-tokens`,
-scaled by tokens. Neither looks for copies, and neither writes.
+nothing else ran lies between them and half of them, on two cores) and the peak of resident memory.
+`resplit` splits the successes again at newlines, from their token columns, which chooses the clips of
+`again`; its memory is also that of transformers and torch. `news` mines one more night of 1 % in the same
+lake. The two others read the same groups from the Parquet files in a plain Python loop over the token
+columns, and from JSON and .npy files with numpy; both on `--slice-tokens`, scaled by tokens. Neither looks
+for copies, and neither writes.
 """
 
 from __future__ import annotations

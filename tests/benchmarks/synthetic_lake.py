@@ -17,16 +17,17 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-from tokenizers import Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast
 
 from pipeline import schema
 from pipeline.lake import Lake
 from pipeline.steps import SPLITTER, mean_step_entropies
-from pipeline.tokenization import tokenizer_hash
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 GROUP_SIZE = 8
 NIGHT_ROLLOUTS = 16_384
@@ -131,6 +132,10 @@ def _rewards(random: np.random.Generator, num_groups: int) -> np.ndarray:
 @cache
 def tokenizer() -> PreTrainedTokenizerFast:
     """Words by rank, then the ends of lines, then the end of the sequence."""
+    # 300 MiB that a mining of stored steps must not be charged for
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
     pieces = [HALF + str(rank) if rank in HALVES else f"{SPACE}w{rank}" for rank in range(NUM_WORDS)]
     pieces += [*LINE_ENDS, "<eos>"]
     backend = Tokenizer(models.BPE({piece: rank for rank, piece in enumerate(pieces)}, []))
@@ -140,6 +145,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @cache
 def _tokenizer_hash() -> str:
+    from pipeline.tokenization import tokenizer_hash
+
     return tokenizer_hash(tokenizer())
 
 
