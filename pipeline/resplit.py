@@ -17,7 +17,7 @@ from pipeline.steps import mean_step_entropies, splitter
 from pipeline.token_facts import TokenFacts
 from pipeline.tokenization import tokenizer_hash
 
-_BATCH_ROWS = 2048
+_BATCH_ROWS = 512
 _NEW_STEPS = pa.schema(map(schema.ROLLOUTS.field, ("rollout_id", "step_ends", "step_entropies")))
 
 
@@ -47,9 +47,9 @@ class Resplitter:
         """
         self._refuse_other_tokenizers(reader)
         tokens = reader.batches(sql_file("mining/candidate_tokens"), _BATCH_ROWS, params)
-        steps = [self._steps(batch) for batch in tokens]
-        reader.materialize_rows("new_steps", pa.Table.from_batches(steps, _NEW_STEPS))
-        reader.materialize("successes", sql_file("mining/resplit_successes"), self.settings)
+        steps = pa.Table.from_batches([self._steps(batch) for batch in tokens], _NEW_STEPS)
+        with reader.relation("new_steps", steps):
+            reader.materialize("successes", sql_file("mining/resplit_successes"), self.settings)
 
     def _steps(self, tokens: pa.Table) -> pa.RecordBatch:
         """The steps of some rollouts, their entropies as an import of the stored ones would have them."""
