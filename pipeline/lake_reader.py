@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import duckdb
@@ -111,9 +112,17 @@ class Reader:
 
     def materialize_rows(self, name: str, rows: pa.Table) -> None:
         """Keeps Arrow rows as the temporary relation `name`."""
-        self.connection.register("incoming", rows)
-        self.connection.execute(f'create or replace temp table "{name}" as from incoming')
-        self.connection.unregister("incoming")
+        with self.relation("incoming", rows):
+            self.connection.execute(f'create or replace temp table "{name}" as from incoming')
+
+    @contextmanager
+    def relation(self, name: str, rows: pa.Table) -> Iterator[None]:
+        """Arrow rows as the relation `name` where they are, for as long as the block runs."""
+        self.connection.register(name, rows)
+        try:
+            yield
+        finally:
+            self.connection.unregister(name)
 
     def data_snapshot(self) -> int:
         """The snapshot of the last change to rollouts or their verdicts: what a mining here really mines.

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -20,6 +20,9 @@ from pipeline.lake import MERGED_FILE, Lake
 from pipeline.lake_reader import Reader
 from pipeline.sqlfiles import macros, relations, sql_file
 from pipeline.verified import Verification
+
+if TYPE_CHECKING:
+    from pipeline.resplit import Resplitter
 
 STAGES = (
     "group_classes",
@@ -62,6 +65,7 @@ def mine(
     snapshot: int | None = None,
     since_snapshot: int | None = None,
     run_id: str | None = None,
+    tokenizer: Callable[[], Any] | None = None,
 ) -> Mining:
     """Mines a snapshot and records the clips. The same mining of the same rollouts is done once.
 
@@ -69,17 +73,22 @@ def mine(
         snapshot: of the lake, by default the newest.
         since_snapshot: only groups that got rollouts after it, with all their rollouts.
         run_id: only groups of this run.
+        tokenizer: gives the one that sampled the rollouts; called only if they are split again.
 
     Raises:
-        MiningError: entropies of several kinds, or by several judges, would be ranked together.
+        MiningError: entropies of several kinds, or by several judges, would be ranked together, or successes
+            to split again are of another tokenizer.
         LakeError: a data file that is met for the first time is damaged.
     """
     started = time.monotonic()
+    splitting = resplitter(config, tokenizer)
     with lake.reader(snapshot) as reader, _newest(lake, reader, snapshot) as newest:
         data_snapshot = reader.data_snapshot()
-        stages = (sql_file(f"mining/{stage}") for stage in STAGES)
-        sql_hash = content_id(*macros(), relations()["current_verdicts"], *stages)
+        stages = STAGES if splitting is None else (*STAGES, *splitting.stages)
+        texts = (sql_file(f"mining/{stage}") for stage in stages)
+        sql_hash = content_id(*macros(), relations()["current_verdicts"], *texts)
         settings = config.model_dump(mode="json") | {"since_snapshot": since_snapshot, "run_id": run_id}
+        settings |= {} if splitting is None else splitting.settings
         # The files' content, so that minings of two lakes never share a name; as they were committed, so
         # that merging them makes no other mining of it.
         files = reader.rows(
@@ -96,7 +105,7 @@ def mine(
         runs = None if since_snapshot is None else reader.touched_runs(since_snapshot)
         verification = reader.verification(runs, newest=newest)
         try:
-            groups, dropped, clips = decide(reader, config, since_snapshot, run_id, runs)
+            groups, dropped, clips = decide(reader, config, since_snapshot, run_id, runs, splitting)
         finally:
             _refuse_damage(lake, verification)  # which says more than what a query makes of a damaged file
 
@@ -130,11 +139,13 @@ def decide(
     since_snapshot: int | None,
     run_id: str | None,
     runs: tuple[str, str] | None = None,
+    splitting: Resplitter | None = None,
 ) -> tuple[dict[str, int], dict[str, int], pa.Table]:
     """Runs the stages one after the other; writes nothing. The arguments are those of `mine`.
 
     Args:
         runs: the first and last run that rollouts of touched groups are of; None: any.
+        splitting: splits the successes again.
 
     Returns:
         groups by class, drops by reason, and the kept clips in rank order.
@@ -152,6 +163,8 @@ def decide(
         reader.materialize(stage, sql_file(f"mining/{stage}"), params)
         if stage == "successes":
             _refuse_mixed_entropies(reader)
+            if splitting is not None:
+                splitting.resplit(reader, params)
         if stage == "twin_clips":
             twins = [row["rollout_id"] for row in reader.rows("select rollout_id from twin_clips")]
             params["few_twins"] = twins if len(twins) <= FEW_TWINS else None
@@ -174,6 +187,20 @@ def decide(
 def recorded_settings(recorded: Mapping[str, Any]) -> dict[str, Any]:
     """Of what a mining's column `config` says the settings, by the names that `MiningConfig` still has."""
     return {key: recorded[key] for key in MiningConfig.model_fields if key in recorded}
+
+
+def resplitter(config: MiningConfig, tokenizer: Callable[[], Any] | None) -> Resplitter | None:
+    """What splits successes again, if the settings ask for it; see `mine`."""
+    if config.delimiter is None:
+        return None
+    if tokenizer is None:
+        raise MiningError(
+            "Steps are split again by the text of their tokens, and no tokenizer is given. "
+            "Give the tokenizer that sampled the rollouts."
+        )
+    from pipeline.resplit import Resplitter  # with transformers, whose import takes longer than a mining
+
+    return Resplitter(tokenizer(), config.delimiter)
 
 
 def _counts(reader: Reader, sql: str) -> dict[str, int]:

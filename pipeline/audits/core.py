@@ -157,7 +157,7 @@ def _mined(
     try:
         check_dumps(dumps)
         import_rollouts(lake, dumps, tokenizer)
-        found = mine(lake, config)
+        found = mine(lake, config, tokenizer=lambda: tokenizer)
     except EchoMineError as error:
         return Yield(None, {}, {}, str(error))
     with lake.reader() as reader:

@@ -26,6 +26,7 @@ from pipeline.sqlfiles import SQL_FOLDER, params_of
 FILES = sorted(path for path in SQL_FOLDER.rglob("*.sql") if path.name != "macros.sql")
 GIVEN = {
     "touched_groups",
+    "new_steps",
     "export_drops",
     "excluded_prompts",
     "dump_rows",
@@ -107,6 +108,7 @@ def reader(sample_lake, tmp_path_factory) -> Iterator[Reader]:
         every_run = params(sample_lake) | WHOLE_LAKE
         for stage in STAGES:
             reader.materialize(stage, (SQL_FOLDER / f"mining/{stage}.sql").read_text(), every_run)
+        reader.materialize("new_steps", "select rollout_id, step_ends, step_entropies from successes", {})
         reader.materialize(
             "dump_rows",
             "select row_number() over () as nth_row, group_id, sample_index, reward, group_size, origin, "
@@ -121,7 +123,12 @@ def reader(sample_lake, tmp_path_factory) -> Iterator[Reader]:
 
 def params(sample_lake) -> dict[str, object]:
     mining = MiningConfig(clips_per_group=2, max_policy_lag=7).model_dump()
-    ids = {"run_id": sample_lake.run_id, "mining_id": sample_lake.mining_id, "few_twins": None}
+    ids = {
+        "run_id": sample_lake.run_id,
+        "mining_id": sample_lake.mining_id,
+        "few_twins": None,
+        "splitter": "U+0020-1",
+    }
     others = (LIMITS, SCORER_PARAMS, EXPORT_PARAMS, REPORT_PARAMS, UPKEEP_PARAMS, VERIFIER_PARAMS)
     return {
         **mining,
