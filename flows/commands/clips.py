@@ -24,9 +24,11 @@ from pipeline.errors import NothingToMine
 @section_options(MiningConfig)
 @snapshot_option
 @click.option(
-    "--since-snapshot", type=click.IntRange(min=0), help="only groups touched since, with all their rollouts"
+    "--since-snapshot",
+    type=click.IntRange(min=0),
+    help="only groups with rollouts or changed rewards since, with all their rollouts",
 )
-@click.option("--run", "run_id", help="only groups of this run")
+@click.option("--run", "run_id", help="only rollouts of this run")
 @click.option(
     "--what-if",
     metavar="NAME=VALUE,…",
