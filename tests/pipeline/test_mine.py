@@ -83,8 +83,11 @@ def test_a_group_that_spans_runs_is_for_each_run_what_that_run_holds_of_it(lake:
 
 def judge(lake: Lake, group_id: str, reward: float, version: str, run_id: str | None = None) -> None:
     with lake.reader() as reader:
-        sql = "select rollout_id from rollouts where group_id = $group_id and ($run_id is null or run_id = $run_id)"
-        ids = reader.rows(f"{sql} order by sample_index", {"group_id": group_id, "run_id": run_id})
+        sql = (
+            "select rollout_id from rollouts "
+            "where group_id = $group_id and ($run_id is null or run_id = $run_id) order by sample_index"
+        )
+        ids = reader.rows(sql, {"group_id": group_id, "run_id": run_id})
     verdict = {
         "verifier": "exact",
         "verifier_version": version,
