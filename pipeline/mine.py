@@ -18,6 +18,7 @@ from pipeline.errors import LakeError, MiningError
 from pipeline.hashing import content_id
 from pipeline.lake import MERGED_FILE, Lake
 from pipeline.lake_reader import Reader
+from pipeline.news import touched_groups, touched_runs
 from pipeline.sqlfiles import macros, relations, sql_file
 from pipeline.verified import Verification
 
@@ -71,8 +72,9 @@ def mine(
 
     Args:
         snapshot: of the lake, by default the newest.
-        since_snapshot: only groups that got rollouts after it, with all their rollouts.
-        run_id: only groups of this run.
+        since_snapshot: only groups that got rollouts after it, or whose rewards a verdict changed, with
+            all their rollouts.
+        run_id: only rollouts of this run; of a group that lies in several, what this one holds.
         tokenizer: gives the one that sampled the rollouts; called only if they are split again.
 
     Raises:
@@ -102,7 +104,7 @@ def mine(
             lake.touch_mining(mining_id)
             return known
         _refuse_unknown_scope(reader, since_snapshot, run_id)
-        runs = None if since_snapshot is None else reader.touched_runs(since_snapshot)
+        runs = None if since_snapshot is None else touched_runs(reader, since_snapshot)
         verification = reader.verification(runs, newest=newest)
         try:
             groups, dropped, clips = decide(reader, config, since_snapshot, run_id, runs, splitting)
@@ -158,7 +160,7 @@ def decide(
         "last_run": last_run,
     }
     since = reader.snapshot if since_snapshot is None else since_snapshot  # none is touched after the last
-    reader.materialize_rows("touched_groups", reader.touched_groups(since))
+    reader.materialize_rows("touched_groups", touched_groups(reader, since))
     for stage in STAGES:
         reader.materialize(stage, sql_file(f"mining/{stage}"), params)
         if stage == "successes":
@@ -277,7 +279,12 @@ def _newest(lake: Lake, reader: Reader, snapshot: int | None) -> AbstractContext
 
 
 def _recorded(newest: Reader, mining_id: str) -> Mining | None:
-    rows = newest.rows("select * from mining_runs where mining_id = $id", {"id": mining_id})
+    # one whose clips were lost with a data file is mined again
+    rows = newest.rows(
+        "select * from mining_runs where mining_id = $id "
+        "and num_clips <= (select count(*) from echo_clips where mining_id = $id)",
+        {"id": mining_id},
+    )
     if not rows:
         return None
     row = rows[0]
@@ -289,5 +296,6 @@ def _refuse_damage(lake: Lake, verification: Verification) -> None:
     if damaged:
         raise LakeError(
             f"{damaged[0].path} in {lake.folder} {damaged[0].problem} ({len(damaged)} such files). "
-            "Restore it from a backup, then mine again; nothing was mined."
+            "Restore it from a backup, or set it aside with `echomine doctor --set-aside`, then mine again; "
+            "nothing was mined."
         )

@@ -34,9 +34,11 @@ from pipeline.errors import NothingToMine
 @section_options(MiningConfig)
 @snapshot_option
 @click.option(
-    "--since-snapshot", type=click.IntRange(min=0), help="only groups touched since, with all their rollouts"
+    "--since-snapshot",
+    type=click.IntRange(min=0),
+    help="only groups with rollouts or changed rewards since, with all their rollouts",
 )
-@run_option("groups")
+@run_option("rollouts")
 @tokenizer_option
 @click.option(
     "--what-if",
