@@ -176,15 +176,18 @@ class Lake:
         """
         return self.changed(lambda writer: writer.append(tables))
 
-    def replace_rollouts(self, rows: pa.Table, scorings: pa.Table) -> None:
+    def replace_rollouts(self, rows: pa.Table, scorings: pa.Table) -> int:
         """Puts rows in the place of those of the same rollout_id, and notes who scored them, all or nothing.
 
         Earlier snapshots keep the old rows; a mining of the new one is another mining.
 
+        Returns:
+            how many were replaced; rows whose rollout is no longer there are left out.
+
         Raises:
             LakeError: the lake cannot be written; then the old rows stay.
         """
-        self.changed(lambda writer: writer.replace_rollouts(rows, scorings))
+        return self.changed(lambda writer: writer.replace_rollouts(rows, scorings))
 
     def touch_mining(self, mining_id: str) -> None:
         """Makes a recorded mining the newest: it was asked for again, so its clips are wanted now."""

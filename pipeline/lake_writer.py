@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import duckdb
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline import schema
 from pipeline.catalog import Catalog, session
@@ -56,14 +57,28 @@ class Writer:
             self._note_spanning_groups(fresh["rollouts"])
         return {name: rows.num_rows for name, rows in fresh.items()}
 
-    def replace_rollouts(self, rows: pa.Table, scorings: pa.Table) -> None:
+    def replace_rollouts(self, rows: pa.Table, scorings: pa.Table) -> int:
         """`Lake.replace_rollouts`, but for the commit."""
+        rows, scorings = self.still_held(rows), self.still_held(scorings)
         self.begin()
+        if rows.num_rows:
+            self.connection.register("incoming", rows.select(["rollout_id"]))
+            self.connection.execute(
+                "delete from rollouts where rollout_id in (select incoming.rollout_id from incoming)"
+            )
+            self.connection.unregister("incoming")
+            self.add_file("rollouts", rows)
+            self.add("scorings", scorings)
+        return rows.num_rows
+
+    def still_held(self, rows: pa.Table) -> pa.Table:
+        """Those of rows about rollouts whose rollout is in the lake: others may have been forgotten."""
         self.connection.register("incoming", rows.select(["rollout_id"]))
-        self.connection.execute("delete from rollouts where rollout_id in (select rollout_id from incoming)")
+        held = self.connection.execute(
+            "select rollout_id from rollouts where rollout_id in (select incoming.rollout_id from incoming)"
+        ).to_arrow_table()
         self.connection.unregister("incoming")
-        self.add_file("rollouts", rows)
-        self.add("scorings", scorings)
+        return rows.filter(pc.is_in(rows["rollout_id"], held["rollout_id"].combine_chunks()))
 
     def migrate(self) -> None:
         """Makes the tables that a lake of an older schema lacks."""
