@@ -12,9 +12,10 @@ import pyarrow as pa
 
 from pipeline import schema
 from pipeline.errors import EchoMineError
+from pipeline.formats.fields import is_count
 from pipeline.formats.source_rows import ColumnarFormat, Format, SourceRow
 from pipeline.import_columns import completed_columns
-from pipeline.import_rows import ImportContext, completed_row, is_count, is_unicode, prompt_columns
+from pipeline.import_rows import ImportContext, completed_row, is_unicode, prompt_columns
 from pipeline.import_types import Columns, columns_of_rows, columns_of_table
 from pipeline.rollouts import Refused, unnamed_table
 

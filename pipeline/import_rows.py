@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from pipeline import schema
 from pipeline.errors import FormatError
+from pipeline.formats.fields import is_count
 from pipeline.hashing import content_id, ids_array
 from pipeline.prompts import prompt_messages_ids
 from pipeline.records import Prompt
@@ -185,10 +186,6 @@ def prompt_columns(prompt: Prompt | None) -> dict[str, str | None]:
         return {"messages": None, "ground_truth": None, "data_source": None}
     messages = orjson.dumps([dict(message) for message in prompt.messages]).decode()
     return {"messages": messages, "ground_truth": prompt.ground_truth, "data_source": prompt.data_source}
-
-
-def is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
 
 def is_unicode(text: str) -> bool:

@@ -18,8 +18,7 @@ from sample_lake import character_tokenizer
 
 import pipeline.import_batches
 import pipeline.import_staging
-import pipeline.importing
-from pipeline.formats.canonical import import_canonical
+from pipeline import importing
 from pipeline.import_batches import Batch
 from pipeline.import_staging import ImportStaging
 from pipeline.lake import Lake
@@ -50,9 +49,10 @@ def main() -> None:
 
         ImportStaging.add = adding  # type: ignore[method-assign]
     else:
-        commit = pipeline.importing._committed
-        pipeline.importing._committed = lambda *a: (counted(), commit(*a))[1]  # type: ignore[assignment]
-    import_canonical(Lake.open(Path(folder)), [Path(file) for file in files], character_tokenizer())
+        commit = importing._committed
+        importing._committed = lambda *a: (counted(), commit(*a))[1]  # type: ignore[assignment]
+    dumps = importing.with_formats([Path(file) for file in files])
+    importing.import_rollouts(Lake.open(Path(folder)), dumps, character_tokenizer())
 
 
 if __name__ == "__main__":
