@@ -147,7 +147,9 @@ def test_shards_that_are_out_are_named_and_lose_the_clip(builder: LakeBuilder, t
     assert export_clips(lake, tmp_path / "shards", SHARDS, ExportConfig()).clips == 1
 
 
-def test_while_a_night_runs_it_is_refused_and_afterwards_its_leavings_are_tidied(builder: LakeBuilder) -> None:
+def test_it_is_refused_while_a_night_runs_and_tidies_its_leavings_afterwards(
+    builder: LakeBuilder,
+) -> None:
     lake = builder.lake
     run = lake.folder / "runs" / "run-1"
     run.mkdir(parents=True)

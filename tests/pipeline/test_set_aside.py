@@ -20,9 +20,10 @@ from flows.cli import main
 from pipeline.config import MaintainConfig, MiningConfig
 from pipeline.doctor import examine_lake
 from pipeline.errors import LakeError
-from pipeline.formats.canonical import import_canonical
+from pipeline.imports.core import import_rollouts, with_formats
 from pipeline.ingest import Ingested
-from pipeline.lake import INLINED_ROWS, Lake
+from pipeline.lake import Lake
+from pipeline.lake_writer import INLINED_ROWS
 from pipeline.maintenance import maintain
 from pipeline.mine import mine
 from pipeline.schema import CLIP_USES, QUARANTINE, VERDICTS
@@ -60,9 +61,9 @@ def bad(lake: Lake) -> list[str]:
 @pytest.fixture
 def two_imports(lake: Lake, tmp_path: Path) -> tuple[Lake, Path]:
     """A lake of two imports in a file each, and the dump of the second."""
-    import_canonical(lake, [dump(tmp_path / "first.jsonl", "a")], TOKENIZER)
+    import_rollouts(lake, with_formats([dump(tmp_path / "first.jsonl", "a")]), TOKENIZER)
     second = dump(tmp_path / "second.jsonl", "b", "c", run_id="run-2")
-    import_canonical(lake, [second], TOKENIZER)
+    import_rollouts(lake, with_formats([second]), TOKENIZER)
     return lake, second
 
 
@@ -91,7 +92,7 @@ def test_the_same_dump_brings_exactly_the_lost_rollouts_back(
     assert groups_in(lake) == ["a"]
     assert bad(lake) == []
     assert mine(lake, MiningConfig()).groups == {"all_success": 1}
-    assert import_canonical(lake, [second], TOKENIZER) == Ingested(written=4)
+    assert import_rollouts(lake, with_formats([second]), TOKENIZER).rows == Ingested(written=4)
     assert rows_of(lake, f"select {columns} from rollouts order by rollout_id") == before
     assert mine(lake, MiningConfig()).groups == {"all_success": 3}
     assert bad(lake) == []
@@ -160,7 +161,7 @@ def test_a_backup_of_the_file_can_be_imported_after_it_was_set_aside(
     backup.write_bytes(path.read_bytes())
     cut_off(path)
     set_aside(lake)
-    assert import_canonical(lake, [backup], TOKENIZER) == Ingested(written=4)
+    assert import_rollouts(lake, with_formats([backup]), TOKENIZER).rows == Ingested(written=4)
     assert rows_of(lake, "select * from rollouts order by rollout_id") == before
 
 
@@ -171,7 +172,7 @@ def test_the_news_since_before_the_lost_file_can_be_mined(two_imports: tuple[Lak
     set_aside(lake)
     assert mine(lake, MiningConfig(), since_snapshot=1).groups == {"all_success": 1}
     lost = newest(lake)
-    import_canonical(lake, [second], TOKENIZER)
+    import_rollouts(lake, with_formats([second]), TOKENIZER)
     assert mine(lake, MiningConfig(), since_snapshot=lost).groups == {"all_success": 2}
     assert mine(lake, MiningConfig(), since_snapshot=1).groups == {"all_success": 3}
 
@@ -184,7 +185,7 @@ def test_upkeep_goes_on_and_deletes_nothing_that_was_set_aside(two_imports: tupl
         maintain(lake, MaintainConfig())
     path.write_bytes(b"cut")
     (lost,) = set_aside(lake)
-    import_canonical(lake, [second], TOKENIZER)
+    import_rollouts(lake, with_formats([second]), TOKENIZER)
     assert maintain(lake, MaintainConfig(grace_hours=0)).merged_files == 2
     assert lost.kept is not None
     assert (lake.folder / lost.kept).read_bytes() == b"cut"
