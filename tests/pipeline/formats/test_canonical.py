@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 from foreign_dumps import write_lines, write_rows
-from pipeline.importing import import_rollouts, with_formats
 from sample_lake import EOS_ID, character_tokenizer
 
 from pipeline.config import MiningConfig
 from pipeline.errors import FormatError
+from pipeline.imports.core import import_rollouts, with_formats
 from pipeline.ingest import Ingested
 from pipeline.lake import Lake
 from pipeline.mine import mine
