@@ -15,6 +15,7 @@ from pipeline.errors import ConfigError, NothingToMine
 from pipeline.lake import Lake
 from pipeline.lake_reader import Reader
 from pipeline.mine import decide, recorded_settings, resplitter
+from pipeline.mining_refusals import undamaged
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def simulate(
         NothingToMine: there is no mining to compare with.
         MiningError: several entropy kinds would be ranked together, or successes to split again are
             of another tokenizer.
-        LakeError: no such snapshot.
+        LakeError: no such snapshot, or a data file that is met for the first time is damaged.
     """
     with lake.reader() as newest:
         last = _last_mining(newest, run_id)
@@ -115,10 +116,11 @@ def simulate(
     recorded = json.loads(last["config"])
     config = validated(MiningConfig, recorded_settings(recorded) | dict(changes), where="--what-if")
     splitting = resplitter(config, tokenizer)
-    with lake.reader(last["snapshot"] if snapshot is None else snapshot) as reader:
-        groups, dropped, clips = decide(
-            reader, config, recorded["since_snapshot"], last["run_id"], splitting=splitting
-        )
+    with lake.reader(last["snapshot"] if snapshot is None else snapshot) as reader, lake.reader() as current:
+        with undamaged(lake, reader.verification(newest=current)):
+            groups, dropped, clips = decide(
+                reader, config, recorded["since_snapshot"], last["run_id"], splitting=splitting
+            )
         mined_snapshot = reader.data_snapshot()
     return Simulation(
         last["mining_id"],
