@@ -88,7 +88,8 @@ def mine(
         data_snapshot = reader.data_snapshot()
         stages = STAGES if splitting is None else (*STAGES, *splitting.stages)
         texts = (sql_file(f"mining/{stage}") for stage in stages)
-        sql_hash = content_id(*macros(), relations()["current_verdicts"], *texts)
+        verdicts = (relations()[name] for name in ("current_verdicts", "judged_rollouts"))
+        sql_hash = content_id(*macros(), *verdicts, *texts)
         settings = config.model_dump(mode="json") | {"since_snapshot": since_snapshot, "run_id": run_id}
         settings |= {} if splitting is None else splitting.settings
         # The files' content, so that minings of two lakes never share a name; as they were committed, so

@@ -1,7 +1,7 @@
 -- V: the verified successes of the groups in scope, with their steps. The newest verdict decides. Of a group that lies
 -- in several runs, a mining of one run sees that run's rollouts only: they alone made its class.
 -- grain:   rollout_id
--- inputs:  rollouts, current_verdicts, group_classes
+-- inputs:  judged_rollouts, group_classes
 -- params:  $scope (zero_advantage | any_success), $success_reward, $reward_tolerance (reward), $allow_truncated,
 --          $entropy_kind (null: all), $run_id (null: all runs), $first_run, $last_run (between which runs
 --          the groups lie; null: any)
@@ -32,9 +32,8 @@ select
     rollouts.step_entropies is null as awaits_scorer,
     rollouts.step_ends,
     rollouts.step_entropies
-from rollouts
+from judged_rollouts as rollouts
 join group_classes using (group_id)
-left join current_verdicts on current_verdicts.rollout_id = rollouts.rollout_id
 where rollouts.origin in ('policy', 'trainer')
     and ($run_id is null or rollouts.run_id = $run_id)
     and ($first_run is null or rollouts.run_id between $first_run and $last_run)
@@ -42,6 +41,6 @@ where rollouts.origin in ('policy', 'trainer')
         when 'zero_advantage' then group_classes.group_class = 'all_success'
         else group_classes.group_class <> 'incomplete'
     end
-    and coalesce(current_verdicts.reward, rollouts.reward) >= $success_reward - $reward_tolerance
+    and rollouts.reward >= $success_reward - $reward_tolerance
     and (rollouts.finish_reason <> 'length' or $allow_truncated)
     and ($entropy_kind is null or rollouts.entropy_kind = $entropy_kind or rollouts.step_entropies is null)
