@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 STAGES = (
     "group_classes",
     "successes",
-    "best_steps",
     "group_clips",
     "twin_clips",
     "twin_contents",
