@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from filelock import FileLock
-from sample_lake import LakeBuilder, overturned
+from sample_lake import LakeBuilder, character_tokenizer, overturned
 
 from pipeline.checks import run_checks
 from pipeline.config import ExportConfig, MiningConfig
@@ -21,17 +21,20 @@ from pipeline.exports.shards import SHARDS
 from pipeline.forget import forget
 from pipeline.forgetting import find
 from pipeline.forgotten import Forgotten
-from pipeline.ingest import ingest
+from pipeline.formats import verl
+from pipeline.imports.core import import_rollouts
+from pipeline.ingest import Ingested, ingest, ingest_table
 from pipeline.lake import Lake
 from pipeline.mine import mine
 from pipeline.quarantine import Refused
 from pipeline.records import Prompt
-from pipeline.rollouts import rollout_table
+from pipeline.rollouts import prompt_table, rollout_table
 from pipeline.schema import SCORINGS
 from pipeline.shards import load_clips
 
 SECRET, WRITTEN = "zzz Quokka 7141 zzz", "aaa Wombat 9253 aaa"  # the last and the first of their columns
 SECRET_PROMPT = Prompt(({"role": "user", "content": SECRET},), None, "sums")
+SAME_QUESTION = Prompt(SECRET_PROMPT.messages, "another truth")
 
 
 def everything(folder: Path) -> str:
@@ -117,6 +120,47 @@ def test_neither_rows_nor_text_of_it_come_back(builder: LakeBuilder) -> None:
     assert WRITTEN not in everything(lake.folder)
 
 
+def test_what_was_made_ready_before_is_kept_out_when_it_is_committed(builder: LakeBuilder) -> None:
+    lake, rows = builder.lake, rollout_table(builder.rows)
+    named = {**builder.rows[-1], "prompt_id": SAME_QUESTION.prompt_id, "prompt_ids": [1, 2, 3]}
+    ready = pa.concat_tables([rows, rollout_table([named])])
+    prompts = prompt_table([SECRET_PROMPT, SAME_QUESTION])
+    forget(lake, find(lake, [SECRET_PROMPT.prompt_id]))
+    done = ingest_table(
+        lake, ready, {4: "duplicate"}, lambda n: (f"dump:{n}", ready.slice(n, 1).to_pylist()[0]), prompts
+    )
+    assert done == Ingested(written=0, known=2, refused=3)
+    assert lake_rows(lake, "prompts")["messages"].to_pylist() == [
+        json.dumps(list(builder.prompts[0].messages))
+    ]
+    left = everything(lake.folder)
+    assert [text for text in (SECRET, WRITTEN) if text in left] == []
+
+
+REFUSED_ROWS = {
+    "verl": {"input": SECRET, "output": WRITTEN, "score": "bad", "step": 3},
+    "messages": {"messages": [*SECRET_PROMPT.messages, {"role": "assistant", "content": WRITTEN}]},
+    "text in parts": {"prompt": [{"role": "user", "content": [{"type": "text", "text": SECRET}]}]},
+    "JSON in JSON": {"episode": json.dumps({"steps": [{"question": SECRET, "answer": WRITTEN}]})},
+    "tokens": {"sample": {"prompt_token_ids": character_tokenizer()(SECRET)["input_ids"], "text": WRITTEN}},
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_ROWS)
+def test_a_refused_row_is_recognized_however_its_dump_names_the_prompt(
+    builder: LakeBuilder, tmp_path: Path, name: str
+) -> None:
+    lake = builder.lake
+    forget(lake, find(lake, [SECRET_PROMPT.prompt_id]))
+    ingest(lake, [], [], (), [Refused(f"of {WRITTEN}", "dump:7", REFUSED_ROWS[name])])
+    path = tmp_path / "1.jsonl"
+    path.write_text(json.dumps(REFUSED_ROWS[name]) + "\n")
+    imported = import_rollouts(lake, [(path, verl)], builder.tokenizer)
+    assert imported.rows == Ingested(refused=1)
+    left = everything(lake.folder)
+    assert [text for text in (SECRET, WRITTEN) if text in left] == []
+
+
 def test_a_prompt_file_forgets_the_question_whatever_its_truth(builder: LakeBuilder, tmp_path: Path) -> None:
     path = tmp_path / "evaluation.jsonl"
     path.write_text(json.dumps({"prompt": SECRET, "ground_truth": "42"}) + "\n")
@@ -147,7 +191,9 @@ def test_shards_that_are_out_are_named_and_lose_the_clip(builder: LakeBuilder, t
     assert export_clips(lake, tmp_path / "shards", SHARDS, ExportConfig()).clips == 1
 
 
-def test_while_a_night_runs_it_is_refused_and_afterwards_its_leavings_are_tidied(builder: LakeBuilder) -> None:
+def test_while_a_night_runs_it_is_refused_and_afterwards_its_leavings_are_tidied(
+    builder: LakeBuilder,
+) -> None:
     lake = builder.lake
     run = lake.folder / "runs" / "run-1"
     run.mkdir(parents=True)
