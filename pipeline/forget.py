@@ -18,10 +18,12 @@ from filelock import FileLock, Timeout
 
 from pipeline import schema
 from pipeline.errors import BusyError
-from pipeline.forgetting import COLUMNS, Forgetting
+from pipeline.forgetting import COLUMNS, Forgetting, find
+from pipeline.imports.staging import remove_abandoned
 from pipeline.lake import Lake
+from pipeline.lake_writer import Writer
 from pipeline.parquet import write_data_file
-from pipeline.removal import purge_catalog, refuse_other_catalogs, remove_rows
+from pipeline.removal import purge_catalog, recount_minings, refuse_other_catalogs, remove_rows
 from pipeline.withdrawal import TouchedShard, notice_shards
 
 
@@ -43,13 +45,18 @@ class Forgot:
     reports: list[str]
 
 
-def forget(lake: Lake, found: Forgetting) -> Forgot:
-    """Removes what was found from the lake, all its files and all its snapshots; older snapshots end.
+def forget(lake: Lake, names: list[str]) -> Forgot:
+    """Removes prompts from the lake, all its files and all its snapshots; older snapshots end.
 
-    Started again after it was killed, it finishes.
+    Started again after it was killed, it finishes. What was read before and is committed afterwards, by a
+    scoring, a verification or an import, is kept out by the commits themselves.
+
+    Args:
+        names: as of `find`.
 
     Raises:
-        BusyError: a night is running.
+        BusyError: a night or an import is running.
+        PromptError: as `find`; then nothing was removed.
         LakeError: the lake cannot be written.
     """
     refuse_other_catalogs(lake)
@@ -62,16 +69,32 @@ def forget(lake: Lake, found: Forgetting) -> Forgot:
         ) from None
     try:
         with lake.alone():
+            _remove_staging(lake)
+            found = find(lake, names)
             with lake.reader() as reader:
                 shards = notice_shards(reader, found.clips, "forgotten")
             keys = {name: (COLUMNS[name], values) for name, values in found.keys.items()}
             remembered = _remembered(found)
-            rows = lake.changed(lambda writer: remove_rows(writer, keys, remembered))
+
+            def change(writer: Writer) -> dict[str, int]:
+                rows = remove_rows(writer, keys, remembered)
+                recount_minings(writer, {mining: len(clips) for mining, clips in found.clips.items()})
+                return rows
+
+            rows = lake.changed(change)
             reports = _tidy_runs(lake, found)
             purge_catalog(lake)
     finally:
         night.release()
     return Forgot(len(found.prompt_ids), rows, shards, found.trainings, reports)
+
+
+def _remove_staging(lake: Lake) -> None:
+    """Deletes what killed imports left: the rows of their dumps in plain text."""
+    if remove_abandoned(lake.folder):
+        raise BusyError(
+            f"An import into the lake in {lake.folder} is running. Wait until it is done, then forget."
+        )
 
 
 def _remembered(found: Forgetting) -> pa.Table:

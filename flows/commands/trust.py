@@ -129,13 +129,12 @@ def forget(lake: Path, config: Path | None, as_json: bool, names: tuple[str, ...
     from pipeline.lake import Lake
 
     opened = Lake.open(lake)
-    found = find(opened, list(names))
     if not yes:
-        _say_what_would_go(found)
+        _say_what_would_go(find(opened, list(names)))
         raise ConfigError(
             "Nothing was removed. Give --yes to remove it for good; all older snapshots end with it."
         )
-    done = forget_prompts(opened, found)
+    done = forget_prompts(opened, list(names))
     if as_json:
         print_json(asdict(done))
         return

@@ -23,8 +23,10 @@ from pipeline.forgetting import find
 from pipeline.forgotten import Forgotten
 from pipeline.formats import verl
 from pipeline.imports.core import import_rollouts
+from pipeline.imports.staging import ImportStaging
 from pipeline.ingest import Ingested, ingest, ingest_table
 from pipeline.lake import Lake
+from pipeline.lake_writer import Writer
 from pipeline.mine import mine
 from pipeline.quarantine import Refused
 from pipeline.records import Prompt
@@ -79,7 +81,7 @@ def test_the_bytes_are_gone_from_every_file_and_the_rest_is_there(builder: LakeB
     lake = builder.lake
     assert SECRET in everything(lake.folder)
     assert WRITTEN in everything(lake.folder)
-    done = forget(lake, find(lake, [SECRET_PROMPT.prompt_id]))
+    done = forget(lake, [SECRET_PROMPT.prompt_id])
     assert (done.prompts, done.rows["rollouts"], done.rows["echo_clips"], done.rows["quarantine"]) == (
         1,
         2,
@@ -99,12 +101,12 @@ def test_the_bytes_are_gone_from_every_file_and_the_rest_is_there(builder: LakeB
         assert len(reader.rows("from prompts where messages like '%17+25%'")) == 1
         assert reader.verification(everything=True).damaged() == []
         assert [check for check in run_checks(reader) if check.num_offending] == []
-    assert forget(lake, find(lake, [SECRET_PROMPT.prompt_id])).rows["rollouts"] == 0, "it may be run again"
+    assert forget(lake, [SECRET_PROMPT.prompt_id]).rows["rollouts"] == 0, "it may be run again"
 
 
 def test_neither_rows_nor_text_of_it_come_back(builder: LakeBuilder) -> None:
     lake = builder.lake
-    forget(lake, find(lake, [SECRET_PROMPT.prompt_id]))
+    forget(lake, [SECRET_PROMPT.prompt_id])
     prompts = [Prompt(SECRET_PROMPT.messages, "another truth"), Prompt(({"role": "user", "content": "1+1"},))]
     assert Forgotten.of(lake).without([SECRET_PROMPT, *prompts]) == prompts[1:]
     nameless = {**builder.rows[-1], "prompt_id": "known by its tokens only"}
@@ -125,7 +127,7 @@ def test_what_was_made_ready_before_is_kept_out_when_it_is_committed(builder: La
     named = {**builder.rows[-1], "prompt_id": SAME_QUESTION.prompt_id, "prompt_ids": [1, 2, 3]}
     ready = pa.concat_tables([rows, rollout_table([named])])
     prompts = prompt_table([SECRET_PROMPT, SAME_QUESTION])
-    forget(lake, find(lake, [SECRET_PROMPT.prompt_id]))
+    forget(lake, [SECRET_PROMPT.prompt_id])
     done = ingest_table(
         lake, ready, {4: "duplicate"}, lambda n: (f"dump:{n}", ready.slice(n, 1).to_pylist()[0]), prompts
     )
@@ -151,7 +153,7 @@ def test_a_refused_row_is_recognized_however_its_dump_names_the_prompt(
     builder: LakeBuilder, tmp_path: Path, name: str
 ) -> None:
     lake = builder.lake
-    forget(lake, find(lake, [SECRET_PROMPT.prompt_id]))
+    forget(lake, [SECRET_PROMPT.prompt_id])
     ingest(lake, [], [], (), [Refused(f"of {WRITTEN}", "dump:7", REFUSED_ROWS[name])])
     path = tmp_path / "1.jsonl"
     path.write_text(json.dumps(REFUSED_ROWS[name]) + "\n")
@@ -164,10 +166,10 @@ def test_a_refused_row_is_recognized_however_its_dump_names_the_prompt(
 def test_a_prompt_file_forgets_the_question_whatever_its_truth(builder: LakeBuilder, tmp_path: Path) -> None:
     path = tmp_path / "evaluation.jsonl"
     path.write_text(json.dumps({"prompt": SECRET, "ground_truth": "42"}) + "\n")
-    assert forget(builder.lake, find(builder.lake, [str(path)])).rows["rollouts"] == 2
+    assert forget(builder.lake, [str(path)]).rows["rollouts"] == 2
     ids = tmp_path / "ids.txt"
     ids.write_text("0" * 32 + "\n" + "1" * 32 + "\n")
-    assert forget(builder.lake, find(builder.lake, [str(ids)])).prompts == 2
+    assert forget(builder.lake, [str(ids)]).prompts == 2
 
 
 @pytest.mark.parametrize("name", ["no-such-file.txt", "42", "/"])
@@ -182,7 +184,7 @@ def test_shards_that_are_out_are_named_and_lose_the_clip(builder: LakeBuilder, t
     mine(lake, MiningConfig())
     export = export_clips(lake, tmp_path / "shards", SHARDS, ExportConfig())
     assert len(load_clips(export.folder, builder.tokenizer_hash)) == 2
-    done = forget(lake, find(lake, [SECRET_PROMPT.prompt_id]))
+    done = forget(lake, [SECRET_PROMPT.prompt_id])
     assert [(shard.path, shard.clips, shard.noticed) for shard in done.shards] == [
         (str(export.folder / "clips-00000.parquet"), 1, True)
     ]
@@ -199,10 +201,10 @@ def test_while_a_night_runs_it_is_refused_and_afterwards_its_leavings_are_tidied
     run.mkdir(parents=True)
     (run / "report.html").write_text(WRITTEN)
     (run / "run.json").write_text(json.dumps({"snapshot": 3, "done": True}))
-    found = find(lake, [SECRET_PROMPT.prompt_id])
+    names = [SECRET_PROMPT.prompt_id]
     with FileLock(lake.folder / "nightly.lock"), pytest.raises(BusyError, match="Wait until it is done"):
-        forget(lake, found)
-    assert forget(lake, found).reports == [str(run / "report.html")]
+        forget(lake, names)
+    assert forget(lake, names).reports == [str(run / "report.html")]
     assert json.loads((run / "run.json").read_text()) == {"snapshot": None, "done": True}
     assert WRITTEN not in everything(lake.folder)
 
@@ -214,8 +216,48 @@ def test_a_scorer_that_holds_its_rollouts_does_not_bring_them_back(builder: Lake
     facts = {"model": "small", "weights_hash": "w", "policy_version": 0, "scored_at": datetime.now(UTC)}
     notes = [{"rollout_id": rollout_id, **facts} for rollout_id in rows["rollout_id"].to_pylist()]
     scorings = pa.Table.from_pylist(notes, SCORINGS)
-    forget(lake, find(lake, [SECRET_PROMPT.prompt_id]))
+    forget(lake, [SECRET_PROMPT.prompt_id])
     assert lake.replace_rollouts(rows, scorings) == 1
     assert lake.replace_rollouts(scored, scorings.slice(1)) == 0
     assert lake_rows(lake, "scorings")["rollout_id"].to_pylist() == kept["rollout_id"].to_pylist()
     assert WRITTEN not in everything(lake.folder)
+
+
+def test_rollouts_that_came_after_the_user_asked_what_would_go_are_found_too(builder: LakeBuilder) -> None:
+    lake = builder.lake
+    assert len(find(lake, [SECRET_PROMPT.prompt_id]).keys["rollouts"]) == 2
+    builder.add_group([f"{WRITTEN} again\n#42"], [1.0], question=SECRET)
+    lake.commit({"rollouts": rollout_table(builder.rows[-1:])})
+    assert forget(lake, [SECRET_PROMPT.prompt_id]).rows["rollouts"] == 3
+    assert WRITTEN not in everything(lake.folder)
+
+
+def test_what_a_killed_import_staged_goes_and_a_running_one_is_waited_for(builder: LakeBuilder) -> None:
+    lake = builder.lake
+    staged = lake.folder / "staging" / "killed"
+    staged.mkdir(parents=True)
+    staged.with_suffix(".lock").touch()
+    (staged / "part-000").write_text(WRITTEN)
+    with ImportStaging(lake.folder, 0) as running:
+        with pytest.raises(BusyError, match=r"An import .* is running. Wait until it is done, then forget"):
+            forget(lake, [SECRET_PROMPT.prompt_id])
+        assert running.folder.is_dir()
+        assert len(lake_rows(lake, "rollouts")) == 4
+    forget(lake, [SECRET_PROMPT.prompt_id])
+    assert WRITTEN not in everything(lake.folder)
+
+
+def test_minings_say_how_many_clips_they_lost_and_other_losses_still_show(builder: LakeBuilder) -> None:
+    lake = builder.lake
+    forget(lake, [SECRET_PROMPT.prompt_id])
+    (mining,) = lake_rows(lake, "mining_runs").to_pylist()
+    assert (mining["num_clips"], dict(mining["dropped"])["forgotten"]) == (1, 1)
+
+    def lose_clips(writer: Writer) -> None:
+        writer.begin()
+        writer.connection.execute("delete from echo_clips")
+
+    lake.changed(lose_clips)
+    with lake.reader() as reader:
+        offending = {check.name for check in run_checks(reader) if check.num_offending}
+    assert "miscounted_minings" in offending
