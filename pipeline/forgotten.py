@@ -14,6 +14,7 @@ from pipeline.errors import FormatError, LakeError
 from pipeline.formats.fields import content_text
 from pipeline.hashing import content_id, ids_array
 from pipeline.lake import Lake
+from pipeline.lake_reader import Reader
 from pipeline.lake_writer import Writer
 from pipeline.quarantine import Refused
 from pipeline.records import Prompt
@@ -33,7 +34,11 @@ class Forgotten:
     @classmethod
     def of(cls, lake: Lake) -> Forgotten:
         with lake.reader() as reader:
-            return cls(frozenset(row["fingerprint"] for row in reader.rows(_ALL)))
+            return cls.as_of(reader)
+
+    @classmethod
+    def as_of(cls, reader: Reader) -> Forgotten:
+        return cls(frozenset(row["fingerprint"] for row in reader.rows(_ALL)))
 
     @classmethod
     def in_turn(cls, writer: Writer) -> Forgotten:

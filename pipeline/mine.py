@@ -15,6 +15,7 @@ import pyarrow as pa
 from pipeline import schema
 from pipeline.config import MiningConfig
 from pipeline.errors import LakeError, MiningError
+from pipeline.forgotten import Forgotten
 from pipeline.hashing import content_id
 from pipeline.lake import MERGED_FILE, Lake
 from pipeline.lake_reader import Reader
@@ -72,11 +73,11 @@ def mine(
 
     Raises:
         MiningError: entropies of several kinds, or by several judges, would be ranked together.
-        LakeError: a data file that is met for the first time is damaged.
+        LakeError: a data file that is met for the first time is damaged, or prompts were forgotten meanwhile.
     """
     started = time.monotonic()
     with lake.reader(snapshot) as reader, _newest(lake, reader, snapshot) as newest:
-        data_snapshot = reader.data_snapshot()
+        data_snapshot, forgotten = reader.data_snapshot(), Forgotten.as_of(reader)
         stages = (sql_file(f"mining/{stage}") for stage in STAGES)
         sql_hash = content_id(*macros(), relations()["current_verdicts"], *stages)
         settings = config.model_dump(mode="json") | {"since_snapshot": since_snapshot, "run_id": run_id}
@@ -115,11 +116,12 @@ def mine(
         "created_at": datetime.now(UTC),
     }
     clips = clips.append_column("mining_id", pa.array([mining_id] * clips.num_rows, pa.string()))
-    lake.commit(
+    forgotten.commit(
+        lake,
         {
             "echo_clips": clips.select(schema.ECHO_CLIPS.names).cast(schema.ECHO_CLIPS),
             "mining_runs": pa.Table.from_pylist([record], schema.MINING_RUNS),
-        }
+        },
     )
     return mining
 

@@ -15,7 +15,7 @@ from sample_lake import LakeBuilder, character_tokenizer, overturned
 
 from pipeline.checks import run_checks
 from pipeline.config import ExportConfig, MiningConfig
-from pipeline.errors import BusyError, PromptError
+from pipeline.errors import BusyError, LakeError, PromptError
 from pipeline.exports.core import export_clips
 from pipeline.exports.shards import SHARDS
 from pipeline.forget import forget
@@ -261,3 +261,14 @@ def test_minings_say_how_many_clips_they_lost_and_other_losses_still_show(builde
     with lake.reader() as reader:
         offending = {check.name for check in run_checks(reader) if check.num_offending}
     assert "miscounted_minings" in offending
+
+
+def test_clips_that_were_found_before_are_not_recorded_afterwards(builder: LakeBuilder) -> None:
+    lake = builder.lake
+    before, clips = Forgotten.of(lake), lake_rows(lake, "echo_clips")
+    forget(lake, [SECRET_PROMPT.prompt_id])
+    with pytest.raises(
+        LakeError, match=r"were forgotten meanwhile\. Nothing was recorded; run the command again"
+    ):
+        before.commit(lake, {"echo_clips": clips})
+    assert len(lake_rows(lake, "echo_clips")) == 1
