@@ -96,13 +96,16 @@ def _print_shards(shards: Sequence[TouchedShard]) -> None:
         click.echo(
             f"shard {shard.path}: {shard.clips} clips; "
             + (
-                "withdrawn.json beside it keeps them out of training"
+                "withdrawn.json beside it names them, and `echomine train` leaves them out"
                 if shard.noticed
                 else "it cannot be read or marked there: tell whoever holds a copy"
             )
         )
     if shards:
-        note("Copies of these shards elsewhere know nothing of it: copy withdrawn.json too, or export again.")
+        note(
+            "Copies of these shards elsewhere know nothing of it: copy withdrawn.json too, or export again. "
+            "Other trainers do not read that file: export again for them."
+        )
 
 
 @lake_command(

@@ -2,6 +2,7 @@
 
 folder/latest.json              names the newest complete export
 folder/<export>/manifest.json   versions, hashes, counts
+folder/<export>/clips.json      the clip ids of each file, whatever its form
 folder/<export>/clips-00000.parquet …
 """
 
@@ -23,7 +24,7 @@ import pyarrow.compute as pc
 from pipeline import schema
 from pipeline.config import ExportConfig
 from pipeline.errors import FormatError, LakeError
-from pipeline.exports.manifest import EXPORT_VERSION, is_complete, read_manifest, replace_json
+from pipeline.exports.manifest import CLIPS, EXPORT_VERSION, is_complete, read_manifest, replace_json
 from pipeline.exports.selection import Selection, no_clips, select, windows
 from pipeline.hashing import content_id, file_sha256
 from pipeline.lake import Lake
@@ -95,7 +96,7 @@ def export_clips(
         mining = selection.mining
         export_id = content_id(mining["mining_id"], settings, selection.content_hash)[:16]
         target = folder.absolute() / export_id
-        if is_complete(target):
+        if is_complete(target) and (target / CLIPS).is_file():
             manifest = read_manifest(target / "manifest.json")
         else:
             facts = {
@@ -134,13 +135,14 @@ def _write(
     """Everything into a folder aside, which is renamed when it is complete."""
     building = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     totals: Counter[str] = Counter()
-    files = []
+    files, clip_ids = [], {}
     try:
         building.mkdir(parents=True)
         for number, clips in enumerate(_parts(reader, selection, form, clips_per_file, totals)):
             path = building / f"clips-{number:05d}{form.suffix}"
             prompt_tokens, clip_tokens = _total(clips["prompt_ids"]), _total(clips["clip_ids"])
             totals.update(clips=clips.num_rows, prompt_tokens=prompt_tokens, clip_tokens=clip_tokens)
+            clip_ids[path.name] = clips["clip_id"].to_pylist()
             files.append(
                 {
                     "file": path.name,
@@ -161,6 +163,7 @@ def _write(
             "files": files,
             "created_at": datetime.now(UTC).isoformat(),
         }
+        (building / CLIPS).write_text(json.dumps(clip_ids) + "\n", encoding="utf-8")
         if form.readme is not None:
             (building / "README.md").write_text(form.readme(manifest), encoding="utf-8")
         (building / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,8 +17,13 @@ from sample_lake import LakeBuilder, character_tokenizer, overturned
 from pipeline.checks import run_checks
 from pipeline.config import ExportConfig, MiningConfig
 from pipeline.errors import BusyError, LakeError, PromptError
-from pipeline.exports.core import export_clips
+from pipeline.exports.core import Form, export_clips
+from pipeline.exports.hf import hf
+from pipeline.exports.luffy import luffy
+from pipeline.exports.prime_rl import prime_rl
+from pipeline.exports.sft import sft
 from pipeline.exports.shards import SHARDS
+from pipeline.exports.trl import trl
 from pipeline.forget import forget
 from pipeline.forgetting import find
 from pipeline.forgotten import Forgotten
@@ -178,19 +184,42 @@ def test_what_is_neither_an_id_nor_a_file_is_refused(builder: LakeBuilder, name:
         find(builder.lake, [name])
 
 
-def test_shards_that_are_out_are_named_and_lose_the_clip(builder: LakeBuilder, tmp_path: Path) -> None:
+TOKENIZER = character_tokenizer()
+FORMS = [SHARDS, luffy(TOKENIZER), sft(TOKENIZER), prime_rl(0.1), trl(TOKENIZER), hf(TOKENIZER)]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
+def test_the_one_file_with_the_clip_is_named_in_every_form(
+    builder: LakeBuilder, tmp_path: Path, form: Form
+) -> None:
+    lake = LakeBuilder(tmp_path / "shared").lake
+    lake.commit({"rollouts": rollout_table(builder.rows), "prompts": prompt_table(builder.prompts)})
+    mine(lake, MiningConfig())
+    with lake.reader() as reader:
+        order = [row["prompt_id"] for row in reader.rows("select prompt_id from clips order by clip_rank")]
+    export = export_clips(lake, tmp_path / "out", form, ExportConfig(clips_per_shard=1))
+    done = forget(lake, [SECRET_PROMPT.prompt_id])
+    number = order.index(SECRET_PROMPT.prompt_id)
+    assert [(shard.path, shard.clips, shard.noticed) for shard in done.shards] == [
+        (str(export.folder / f"clips-{number:05}{form.suffix}"), 1, True)
+    ]
+    assert len(json.loads((export.folder / "withdrawn.json").read_text())["forgotten"]) == 1
+    if form is SHARDS:
+        assert len(load_clips(export.folder, builder.tokenizer_hash)) == 1
+    mine(lake, MiningConfig())
+    assert export_clips(lake, tmp_path / "out", form, ExportConfig()).clips == 1
+
+
+def test_of_a_file_that_is_gone_all_clips_of_the_mining_may_be_out(
+    builder: LakeBuilder, tmp_path: Path
+) -> None:
     lake = LakeBuilder(tmp_path / "shared").lake
     lake.commit({"rollouts": rollout_table(builder.rows)})
     mine(lake, MiningConfig())
     export = export_clips(lake, tmp_path / "shards", SHARDS, ExportConfig())
-    assert len(load_clips(export.folder, builder.tokenizer_hash)) == 2
-    done = forget(lake, [SECRET_PROMPT.prompt_id])
-    assert [(shard.path, shard.clips, shard.noticed) for shard in done.shards] == [
-        (str(export.folder / "clips-00000.parquet"), 1, True)
-    ]
-    assert len(load_clips(export.folder, builder.tokenizer_hash)) == 1
-    mine(lake, MiningConfig())
-    assert export_clips(lake, tmp_path / "shards", SHARDS, ExportConfig()).clips == 1
+    shutil.rmtree(export.folder)
+    (shard,) = forget(lake, [SECRET_PROMPT.prompt_id]).shards
+    assert (shard.clips, shard.noticed) == (1, False)
 
 
 def test_while_a_night_runs_it_is_refused_and_afterwards_its_leavings_are_tidied(
