@@ -9,11 +9,12 @@ from __future__ import annotations
 import tomllib
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.config_keys import nearest_key
+from pipeline.delimiters import written_delimiter
 from pipeline.errors import ConfigError
 
 DEFAULT_LAKE = Path("data/lake")
@@ -136,6 +137,9 @@ class MiningConfig(Section):
     )
     max_clips: int | None = Field(None, ge=0, description="clips kept in all")
     max_clips_per_prompt: int | None = Field(None, ge=0, description="clips kept of one prompt")
+    delimiter: Annotated[str | None, AfterValidator(written_delimiter)] = Field(
+        None, description=r"white space that ends a step, as \n or \x20; none: the steps as stored"
+    )
     success_reward: float = Field(1.0, description="the reward of a success")
     fail_reward: float = Field(0.0, description="the reward of a failure")
     reward_tolerance: float = Field(1e-6, ge=0, description="rewards this close are equal")
@@ -233,8 +237,9 @@ def validated(model: type[ConfigT], values: dict[str, Any], where: str) -> Confi
         if first["type"] == "extra_forbidden":
             near = nearest_key(model, first["loc"])
             raise ConfigError(f"Unknown config key `{key}` in {where}: {near}") from None
+        why = first["msg"].removeprefix("Value error, ")
         raise ConfigError(
-            f"Config key `{key}` in {where} is {first['input']!r:.80}: {first['msg']}. Give a valid value."
+            f"Config key `{key}` in {where} is {first['input']!r:.80}: {why}. Give a valid value."
         ) from None
 
 

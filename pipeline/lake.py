@@ -114,7 +114,10 @@ class Lake:
         except duckdb.Error as error:
             raise LakeError(catalog.unreadable(error)) from error
         with self.reader() as reader:
-            known = reader.rows("select path from files order by created_at desc limit 1")
+            known = reader.rows(
+                "select path from files where not exists (from quarantine where source = path) "
+                "order by created_at desc limit 1"
+            )
         if known and not (self.folder / known[0]["path"]).exists():
             raise LakeError(
                 f"The database {catalog.where} holds the catalog of a lake whose files are not in "

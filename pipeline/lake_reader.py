@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import duckdb
@@ -22,12 +23,6 @@ NO_LIMITS = Limits()
 # `meta` names the runs of each group that lies in several, under this and the group's id.
 SPANNING_GROUP = "a run of group "
 
-_NEWS = """
-    select group_id, run_id
-    from ducklake_table_insertions('lake', 'main', 'rollouts', $first, $last)
-    where snapshot_id > $since
-"""
-
 _HISTORY = """
     select
         history.snapshot_id as snapshot,
@@ -41,14 +36,24 @@ _HISTORY = """
     group by all
 """
 
-_DATA_FILES = """
+# Of the snapshot `$snapshot`; a file that holds rows of one run alone has it as its first and its last.
+DATA_FILES = """
     select
         data.data_file_id,
         tables.table_name,
         'files/main/' || tables.table_name || '/' || parse_filename(data.path) as path,
-        data.record_count as num_rows
+        data.record_count as num_rows,
+        stats.min_value as first_run,
+        stats.max_value as last_run
     from __ducklake_metadata_lake.ducklake_data_file as data
     join __ducklake_metadata_lake.ducklake_table as tables using (table_id)
+    left join (
+        __ducklake_metadata_lake.ducklake_file_column_stats as stats
+        join __ducklake_metadata_lake.ducklake_column as columns
+            on columns.table_id = stats.table_id
+            and columns.column_id = stats.column_id
+            and columns.column_name = 'run_id'
+    ) on stats.data_file_id = data.data_file_id
     where data.begin_snapshot <= $snapshot
         and (data.end_snapshot is null or data.end_snapshot > $snapshot)
 """
@@ -111,9 +116,17 @@ class Reader:
 
     def materialize_rows(self, name: str, rows: pa.Table) -> None:
         """Keeps Arrow rows as the temporary relation `name`."""
-        self.connection.register("incoming", rows)
-        self.connection.execute(f'create or replace temp table "{name}" as from incoming')
-        self.connection.unregister("incoming")
+        with self.relation("incoming", rows):
+            self.connection.execute(f'create or replace temp table "{name}" as from incoming')
+
+    @contextmanager
+    def relation(self, name: str, rows: pa.Table) -> Iterator[None]:
+        """Arrow rows as the relation `name` where they are, for as long as the block runs."""
+        self.connection.register(name, rows)
+        try:
+            yield
+        finally:
+            self.connection.unregister(name)
 
     def data_snapshot(self) -> int:
         """The snapshot of the last change to rollouts or their verdicts: what a mining here really mines.
@@ -123,42 +136,6 @@ class Reader:
         sql = f"select max(snapshot) as n from ({_HISTORY}) where changed_rollouts and snapshot <= $snapshot"
         return self.rows(sql, {"snapshot": self.snapshot})[0]["n"] or 0
 
-    def touched_groups(self, since_snapshot: int) -> pa.Table:
-        """[group_id] of the groups that got rollouts after `since_snapshot`."""
-        if since_snapshot >= self.snapshot:
-            return pa.table({"group_id": pa.array([], pa.string())})
-        return self.table(f"select distinct group_id from ({_NEWS})", self._news_params(since_snapshot))
-
-    def touched_runs(self, since_snapshot: int) -> tuple[str, str] | None:
-        """The first and last run, by name, of all rollouts of the groups touched after `since_snapshot`.
-
-        A night's run has only files of its own, so this spares a mining the others. None: any run.
-        """
-        if since_snapshot >= self.snapshot:
-            return None
-        bounds = self.rows(
-            f"""
-            with
-            news as (select distinct group_id, run_id from ({_NEWS})),
-            runs as (
-                select run_id from news
-                union all
-                select meta.value from meta join news on meta.key = $spanning || news.group_id
-            )
-            select min(run_id) as first, max(run_id) as last, bool_or(run_id is null) as unknown from runs
-            """,
-            self._news_params(since_snapshot) | {"spanning": SPANNING_GROUP},
-        )[0]
-        return None if bounds["unknown"] or bounds["first"] is None else (bounds["first"], bounds["last"])
-
-    def _news_params(self, since_snapshot: int) -> dict[str, int]:
-        # Changes are asked for from a snapshot on that is there; the one after may have expired.
-        first = self.rows(
-            "select max(snapshot_id) as n from ducklake_snapshots('lake') where snapshot_id <= $since + 1",
-            {"since": since_snapshot},
-        )[0]["n"]
-        return {"first": first, "last": self.snapshot, "since": since_snapshot}
-
     def data_files(self, runs: tuple[str, str] | None = None) -> set[str]:
         """The snapshot's data files, as paths relative to the lake's folder.
 
@@ -167,15 +144,9 @@ class Reader:
         """
         rows = self.rows(
             f"""
-            select path from ({_DATA_FILES})
-            left join (
-                select stats.data_file_id, stats.min_value, stats.max_value
-                from __ducklake_metadata_lake.ducklake_file_column_stats as stats
-                join __ducklake_metadata_lake.ducklake_column as columns using (table_id, column_id)
-                where columns.column_name = 'run_id'
-            ) as runs using (data_file_id)
+            select path from ({DATA_FILES})
             where $first is null
-                or (table_name = 'rollouts' and coalesce(max_value >= $first and min_value <= $last, true))
+                or (table_name = 'rollouts' and coalesce(last_run >= $first and first_run <= $last, true))
             """,
             {"snapshot": self.snapshot, "first": runs and runs[0], "last": runs and runs[1]},
         )
@@ -184,7 +155,7 @@ class Reader:
     def unrecorded_files(self) -> list[tuple[str, str, int]]:
         """Path, table and number of rows of the data files without a SHA-256 in `files`."""
         rows = self.rows(
-            f"select path, table_name, num_rows from ({_DATA_FILES}) "
+            f"select path, table_name, num_rows from ({DATA_FILES}) "
             "where path not in (select files.path from files) order by path",
             {"snapshot": self.snapshot},
         )
@@ -211,7 +182,12 @@ class Reader:
         """
         hashes = (newest or self).recorded_hashes()
         files = self.data_files(runs) if only is None else set(only)
-        known = {path: hashes[path] for path in files if path in hashes}
+        # A file that was merged moments ago may have no hash yet; that it is there can be told.
+        known = {
+            path: hashes.get(path, "")
+            for path in files
+            if path in hashes or not (self.lake.folder / path).is_file()
+        }
         return Verification(self.lake.folder, known, everything)
 
     def history(self) -> list[dict[str, Any]]:

@@ -69,7 +69,7 @@ class Writer:
             self.connection.unregister("incoming")
             self.add_file("rollouts", rows)
             self.add("scorings", scorings)
-        return rows.num_rows
+        return int(rows.num_rows)
 
     def still_held(self, rows: pa.Table) -> pa.Table:
         """Those of rows about rollouts whose rollout is in the lake: others may have been forgotten."""

@@ -85,7 +85,7 @@ def merge_small_files(lake: Lake, config: MaintainConfig, dry_run: bool = False)
     """
     limit = config.merge_below_mib * MIB
     with lake.reader() as reader:
-        small = {path for path in reader.data_files() if (lake.folder / path).stat().st_size < limit}
+        small = {path for path in reader.data_files() if _num_bytes(lake.folder / path) < limit}
         if not _mergeable(small):
             return 0
         if dry_run:
@@ -94,7 +94,8 @@ def merge_small_files(lake: Lake, config: MaintainConfig, dry_run: bool = False)
     if damaged:
         raise LakeError(
             f"{damaged[0].path} in {lake.folder} {damaged[0].problem} ({len(damaged)} such files). "
-            "Restore it from a backup, then run `echomine maintain` again; nothing was merged."
+            "Restore it from a backup, or set it aside with `echomine doctor --set-aside`, then run "
+            "`echomine maintain` again; nothing was merged."
         )
     with maintained(lake) as connection:
         for option, value in PARQUET_OPTIONS.items():
@@ -103,6 +104,11 @@ def merge_small_files(lake: Lake, config: MaintainConfig, dry_run: bool = False)
             "call ducklake_merge_adjacent_files('lake', max_file_size => ?)", [limit]
         ).fetchall()
     return sum(num_files for _, _, num_files, _ in done)
+
+
+def _num_bytes(path: Path) -> int:
+    """A missing file counts as a small one, so that it is found damaged."""
+    return path.stat().st_size if path.exists() else 0
 
 
 def _mergeable(paths: set[str]) -> bool:

@@ -64,6 +64,8 @@ def import_rollouts(
     from pipeline.models import model_folder
     from pipeline.tokenization import load_tokenizer, tokenizer_hash
 
+    dumps = imports.with_formats(files, format_name)
+    imports.check_dumps(dumps)
     if tokenizer is None and score_with is None:
         raise ConfigError(
             "Steps are split by the text of their tokens, and no tokenizer is given. Give --tokenizer: the "
@@ -77,8 +79,6 @@ def import_rollouts(
                 f"{score_with} has another tokenizer than {tokenizer}, so it cannot score these rollouts. "
                 "Leave --tokenizer out, or score with the model that sampled them."
             )
-    dumps = imports.with_formats(files, format_name)
-    imports.check_dumps(dumps)
     opened = Lake.create(lake)
     with bar("importing rows", None) as update:
         done = imports.import_rollouts(opened, dumps, loaded, update)

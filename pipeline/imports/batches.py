@@ -12,9 +12,10 @@ import pyarrow as pa
 
 from pipeline import schema
 from pipeline.errors import EchoMineError
+from pipeline.formats.fields import is_count
 from pipeline.formats.source_rows import ColumnarFormat, Format, SourceRow
 from pipeline.imports.columns import completed_columns
-from pipeline.imports.context import ImportContext, is_count, is_unicode
+from pipeline.imports.context import ImportContext, is_unicode
 from pipeline.imports.rows import completed_row, prompt_columns
 from pipeline.imports.types import Columns, columns_of_rows, columns_of_table
 from pipeline.quarantine import Refused

@@ -9,6 +9,7 @@ from typing import Any
 import orjson
 
 from pipeline.errors import FormatError
+from pipeline.formats.fields import is_count
 from pipeline.imports.token_facts import TokenFacts
 from pipeline.prompts import prompt_messages_ids
 from pipeline.records import Prompt
@@ -91,10 +92,6 @@ class ImportContext:
 
     def _tokenized_messages(self, messages: bytes) -> tuple[int, ...]:
         return tuple(prompt_messages_ids(self.tokenizer, orjson.loads(messages)).tolist())
-
-
-def is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
 
 def is_unicode(text: str) -> bool:

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from pipeline import formats, schema
 from pipeline.errors import FormatError
 from pipeline.forgotten import Forgotten
-from pipeline.formats.source_rows import Format
+from pipeline.formats.source_rows import Format, check_file
 from pipeline.hashing import content_id, file_sha256
 from pipeline.imports.batches import batches
 from pipeline.imports.context import ImportContext
@@ -93,6 +93,8 @@ def import_rollouts(
         LakeError: the lake cannot be written; then whole groups may be, and the import can be run again.
     """
     paths = [path for path, _ in files]
+    for path in paths:
+        check_file(path)
     run_id = "import-" + content_id(sorted(file_sha256(path) for path in paths))[:16]
     context = ImportContext(tokenizer, run_id)
     done = Imported()

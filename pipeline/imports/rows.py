@@ -14,8 +14,9 @@ import pyarrow as pa
 
 from pipeline import schema
 from pipeline.errors import FormatError
+from pipeline.formats.fields import is_count
 from pipeline.hashing import content_id, ids_array
-from pipeline.imports.context import ImportContext, is_count, is_unicode
+from pipeline.imports.context import ImportContext, is_unicode
 from pipeline.records import Prompt
 from pipeline.rollouts import problem_of
 from pipeline.steps import SPLITTER

@@ -1,4 +1,5 @@
--- Rollouts with the reward that counts: of those that were verified again, the newest verdict's.
+-- Rollouts with the reward that counts: of those that were verified again, the newest verdict's. The verifier stays
+-- the one that the rollout was stored with.
 -- grain:   rollout_id
 -- inputs:  rollouts, current_verdicts
 -- params:  none
@@ -36,14 +37,6 @@
 --   step_entropies
 --   splitter
 --   created_at
-select
-    rollouts.* replace (
-        coalesce(current_verdicts.reward, rollouts.reward) as reward,
-        coalesce(current_verdicts.verifier, rollouts.verifier) as verifier,
-        case
-            when current_verdicts.rollout_id is null then rollouts.verifier_version
-            else current_verdicts.verifier_version
-        end as verifier_version
-    )
+select rollouts.* replace (coalesce(current_verdicts.reward, rollouts.reward) as reward)
 from rollouts
 left join current_verdicts using (rollout_id)

@@ -17,9 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from sample_lake import character_tokenizer
 
 import pipeline.imports.batches
-import pipeline.imports.core
 import pipeline.imports.staging
-from pipeline.formats.canonical import import_canonical
+from pipeline.imports import core
 from pipeline.imports.batches import Batch
 from pipeline.imports.staging import ImportStaging
 from pipeline.lake import Lake
@@ -50,9 +49,10 @@ def main() -> None:
 
         ImportStaging.add = adding  # type: ignore[method-assign]
     else:
-        commit = pipeline.imports.core._committed
-        pipeline.imports.core._committed = lambda *a: (counted(), commit(*a))[1]  # type: ignore[assignment]
-    import_canonical(Lake.open(Path(folder)), [Path(file) for file in files], character_tokenizer())
+        commit = core._committed
+        core._committed = lambda *a: (counted(), commit(*a))[1]  # type: ignore[assignment]
+    dumps = core.with_formats([Path(file) for file in files])
+    core.import_rollouts(Lake.open(Path(folder)), dumps, character_tokenizer())
 
 
 if __name__ == "__main__":

@@ -74,6 +74,18 @@ def die(folder: Path) -> None:
     lake.commit({"rollouts": rollout_table([rollout("lost", i) for i in (0, 1)])})
 
 
+def set_aside(folder: Path, after: str) -> None:
+    """Killed before the file is moved, or after `moved` it, or after `ended` it in the catalog."""
+    import pipeline.set_aside
+
+    def killed(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    step = {"nothing": "_moved", "moved": "_end", "ended": "_quarantine"}[after]
+    setattr(pipeline.set_aside, step, killed)
+    pipeline.set_aside.set_aside(Lake.open(folder))
+
+
 def fill(folder: Path) -> None:
     """No file may grow beyond 64 KiB: like a full disk, writing ends in an OSError."""
     lake = Lake.open(folder)
@@ -99,6 +111,8 @@ if __name__ == "__main__":
         maintain(Path(target), int(rest[0]))
     elif task == "die":
         die(Path(target))
+    elif task == "set_aside":
+        set_aside(Path(target), rest[0])
     elif task == "fill":
         fill(Path(target))
     elif task == "create":

@@ -222,7 +222,7 @@ def test_of_a_file_that_is_gone_all_clips_of_the_mining_may_be_out(
     assert (shard.clips, shard.noticed) == (1, False)
 
 
-def test_while_a_night_runs_it_is_refused_and_afterwards_its_leavings_are_tidied(
+def test_it_is_refused_while_a_night_runs_and_tidies_its_leavings_afterwards(
     builder: LakeBuilder,
 ) -> None:
     lake = builder.lake

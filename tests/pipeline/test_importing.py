@@ -20,7 +20,6 @@ from sample_lake import EOS_ID, character_tokenizer
 import pipeline.imports.batches
 import pipeline.imports.staging
 from pipeline.errors import FormatError
-from pipeline.formats.canonical import import_canonical
 from pipeline.formats.source_rows import Format, SourceRow
 from pipeline.imports.core import import_rollouts, num_unscored, with_formats
 from pipeline.ingest import Ingested
@@ -68,14 +67,14 @@ def undisturbed(lake: Lake, tmp_path: Path, path: Path) -> dict[str, list[dict[s
     """What one import in one part leaves in a lake of its own."""
     shutil.copytree(lake.folder, tmp_path / "undisturbed")
     other = Lake.open(tmp_path / "undisturbed")
-    done = import_canonical(other, [path], TOKENIZER)
+    done = import_rollouts(other, with_formats([path]), TOKENIZER).rows
     assert done == Ingested(written=GROUPS * GROUP_SIZE - 2, refused=5)
     return contents(other)
 
 
 def test_parts_end_in_the_same_rows_as_one(lake: Lake, tmp_path: Path, small_parts: None) -> None:
     path = dump(tmp_path / "dump.jsonl")
-    done = import_canonical(lake, [path], TOKENIZER)
+    done = import_rollouts(lake, with_formats([path]), TOKENIZER).rows
     assert done == Ingested(written=GROUPS * GROUP_SIZE - 2, refused=5)
     with lake.reader() as reader:
         assert reader.rows("select count(*) > 5 as many from snapshots")[0]["many"]
@@ -104,7 +103,7 @@ def test_a_killed_import_run_again_ends_in_the_rows_of_an_undisturbed_one(
     whole = {row["group_id"]: row["n"] for row in found}
     sizes = [row["group_id"] for row in expected["rollouts"]]
     assert all(count == sizes.count(group) for group, count in whole.items())
-    import_canonical(lake, [path], TOKENIZER)
+    import_rollouts(lake, with_formats([path]), TOKENIZER)
     assert contents(lake) == expected
     assert list((lake.folder / "staging").iterdir()) == []
 

@@ -25,6 +25,7 @@ from pipeline.lake import Lake
 from pipeline.lake_upkeep import delete_orphans
 from pipeline.lake_writer import Writer
 from pipeline.mine import mine
+from pipeline.news import touched_groups
 from pipeline.quarantine import Refused, quarantine_table
 from pipeline.rollouts import rollout_table
 
@@ -149,8 +150,8 @@ def test_every_commit_can_be_read_again(lake: Lake) -> None:
     assert groups_in(lake) == ["a", "b"]
     with lake.reader() as reader:
         assert reader.data_snapshot() == reader.snapshot > first
-        assert reader.touched_groups(first).to_pydict() == {"group_id": ["b"]}
-        assert reader.touched_groups(reader.snapshot).num_rows == 0
+        assert touched_groups(reader, first).to_pydict() == {"group_id": ["b"]}
+        assert touched_groups(reader, reader.snapshot).num_rows == 0
     with pytest.raises(LakeError, match=r"has no snapshot 99\. See"), lake.reader(99):
         pass
 

@@ -19,6 +19,7 @@ from pipeline.lake import Lake
 from pipeline.lake_upkeep import delete_orphans, maintained
 from pipeline.maintenance import maintain
 from pipeline.mine import mine
+from pipeline.news import touched_groups
 from pipeline.rollouts import rollout_table
 from pipeline.schema import CLIP_USES
 
@@ -59,9 +60,9 @@ def test_merged_files_hold_the_same_rows_at_every_snapshot_and_their_hash_is_rec
         (path,) = reader.data_files()
         assert reader.recorded_hashes().keys() > {path}
         assert reader.verification(everything=True).damaged() == []
-        news = reader.touched_groups(snapshots[1])
+        news = touched_groups(reader, snapshots[1])
         assert sorted(news["group_id"].to_pylist()) == ["c", "d"], "merged rows are no news"
-        assert reader.touched_groups(snapshots[3]).num_rows == 0
+        assert touched_groups(reader, snapshots[3]).num_rows == 0
     assert len(files_of(lake)) == 5, "the merged ones stay for who reads them"
 
 
