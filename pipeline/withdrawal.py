@@ -62,12 +62,12 @@ def notice_shards(reader: Reader, clips: ClipsByMining, reason: Reason) -> list[
     named: dict[Path, set[str]] = {}
     for row in reader.rows("select distinct path, mining_id from shards order by path"):
         path, wanted = Path(row["path"]), clips.get(row["mining_id"], set())
-        held = clip_ids(path)
-        hit = wanted if held is None else wanted & held
-        if held is not None:
+        held, is_there = clip_ids(path), path.is_file()
+        hit = wanted if held is None else wanted & held  # a notice may name clips that are not there
+        if is_there:
             named.setdefault(path.parent, set()).update(hit)
         if hit:
-            touched.append(TouchedShard(str(path), len(hit), held is not None))
+            touched.append(TouchedShard(str(path), len(hit), is_there))
     unnoticed = {folder for folder, hit in named.items() if not _write_notice(folder, hit, reason)}
     return [
         TouchedShard(shard.path, shard.clips, False) if Path(shard.path).parent in unnoticed else shard

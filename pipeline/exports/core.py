@@ -2,7 +2,7 @@
 
 folder/latest.json              names the newest complete export
 folder/<export>/manifest.json   versions, hashes, counts
-folder/<export>/clips.json      the clip ids of each file, whatever its form
+folder/<export>/clips.json      the clip ids of each file, row by row, whatever its form
 folder/<export>/clips-00000.parquet …
 """
 
@@ -96,7 +96,7 @@ def export_clips(
         mining = selection.mining
         export_id = content_id(mining["mining_id"], settings, selection.content_hash)[:16]
         target = folder.absolute() / export_id
-        if is_complete(target) and (target / CLIPS).is_file():
+        if is_complete(target):
             manifest = read_manifest(target / "manifest.json")
         else:
             facts = {

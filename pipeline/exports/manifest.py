@@ -1,6 +1,6 @@
 """What vouches for an export: `manifest.json` beside its files, and `latest.json` that names the newest.
 
-`clips.json` beside them says which clips each file holds, also where the form has no room for their ids.
+`clips.json` beside them names the clip of each row of each file, also where the form has no room for it.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ def newest_manifest(folder: Path) -> Path:
 
 
 def clip_ids(path: Path) -> set[str] | None:
-    """Those of an exported file; None if it is no longer there, or nothing beside it says them."""
+    """Those of an exported file; None if nothing beside it says them."""
     try:
         ids = read_json(path.with_name(CLIPS)).get(path.name)
     except FormatError:
         return None
-    return set(map(str, ids)) if isinstance(ids, list) and path.is_file() else None
+    return set(map(str, ids)) if isinstance(ids, list) else None
 
 
 def damaged_file(folder: Path, manifest: Mapping[str, Any]) -> Path | None:
