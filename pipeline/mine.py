@@ -80,7 +80,7 @@ def mine(
 
     Raises:
         MiningError: entropies of several kinds, or by several judges, would be ranked together, or successes
-            to split again are of another tokenizer.
+            to split again are of another tokenizer, or the lake's history begins after `since_snapshot`.
         LakeError: a data file that is met for the first time is damaged, or prompts were forgotten meanwhile.
     """
     started = time.monotonic()

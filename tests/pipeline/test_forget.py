@@ -16,7 +16,7 @@ from sample_lake import LakeBuilder, character_tokenizer, overturned
 
 from pipeline.checks import run_checks
 from pipeline.config import ExportConfig, MiningConfig
-from pipeline.errors import BusyError, LakeError, PromptError
+from pipeline.errors import BusyError, LakeError, MiningError, NothingToMine, PromptError
 from pipeline.exports.core import Form, export_clips
 from pipeline.exports.hf import hf
 from pipeline.exports.luffy import luffy
@@ -39,6 +39,7 @@ from pipeline.records import Prompt
 from pipeline.rollouts import prompt_table, rollout_table
 from pipeline.schema import SCORINGS
 from pipeline.shards import load_clips
+from pipeline.what_if import parse_changes, simulate
 
 SECRET, WRITTEN = "zzz Quokka 7141 zzz", "aaa Wombat 9253 aaa"  # the last and the first of their columns
 SECRET_PROMPT = Prompt(({"role": "user", "content": SECRET},), None, "sums")
@@ -210,16 +211,24 @@ def test_the_one_file_with_the_clip_is_named_in_every_form(
     assert export_clips(lake, tmp_path / "out", form, ExportConfig()).clips == 1
 
 
-def test_of_a_file_that_is_gone_all_clips_of_the_mining_may_be_out(
+def test_where_nothing_tells_which_clips_a_file_holds_it_may_be_all_of_the_mining(
     builder: LakeBuilder, tmp_path: Path
 ) -> None:
     lake = LakeBuilder(tmp_path / "shared").lake
     lake.commit({"rollouts": rollout_table(builder.rows)})
     mine(lake, MiningConfig())
-    export = export_clips(lake, tmp_path / "shards", SHARDS, ExportConfig())
-    shutil.rmtree(export.folder)
-    (shard,) = forget(lake, [SECRET_PROMPT.prompt_id]).shards
-    assert (shard.clips, shard.noticed) == (1, False)
+    unnamed, gone = (
+        export_clips(lake, tmp_path / "shards", SHARDS, ExportConfig(clips_per_shard=n)).folder
+        for n in (10, 20)
+    )
+    (unnamed / "clips.json").unlink()
+    shutil.rmtree(gone)
+    shards = forget(lake, [SECRET_PROMPT.prompt_id]).shards
+    assert {Path(shard.path).parent: (shard.clips, shard.noticed) for shard in shards} == {
+        unnamed: (1, True),
+        gone: (1, False),
+    }
+    assert len(load_clips(unnamed, builder.tokenizer_hash)) == 1
 
 
 def test_it_is_refused_while_a_night_runs_and_tidies_its_leavings_afterwards(
@@ -301,3 +310,26 @@ def test_clips_that_were_found_before_are_not_recorded_afterwards(builder: LakeB
     ):
         before.commit(lake, {"echo_clips": clips})
     assert len(lake_rows(lake, "echo_clips")) == 1
+
+
+def test_afterwards_minings_name_a_snapshot_that_is_there(builder: LakeBuilder) -> None:
+    lake = builder.lake
+    mine(lake, MiningConfig(), since_snapshot=2)
+    forget(lake, ["0" * 32])  # nothing of it was there
+    changes = parse_changes("clips_per_group=1")
+    with pytest.raises(NothingToMine, match=r"which has ended since\. Mine again"):
+        simulate(lake, changes)
+    with lake.reader() as reader:
+        newest, begins = reader.snapshot, "the lake's history begins with"
+    for since_the_second in (
+        lambda: simulate(lake, changes, snapshot=newest),
+        lambda: mine(lake, MiningConfig(), since_snapshot=2),
+    ):
+        with pytest.raises(MiningError, match=f"after snapshot 2 cannot be told: {begins} {newest}"):
+            since_the_second()
+    mined = mine(lake, MiningConfig())
+    assert mined == mine(lake, MiningConfig()), "it is the same mining now"
+    with lake.reader(mined.snapshot) as reader:
+        assert len(reader.rows("from rollouts")) == 4
+    assert simulate(lake, changes).snapshot == mined.snapshot
+    assert mine(lake, MiningConfig(), since_snapshot=mined.snapshot).clips == 0
