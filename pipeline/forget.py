@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
-from pipeline import schema
+from pipeline import schema, set_aside
 from pipeline.errors import BusyError
 from pipeline.forgetting import COLUMNS, Forgetting, find
 from pipeline.imports.staging import remove_abandoned
@@ -36,6 +36,7 @@ class Forgot:
         shards: exported files that hold clips of the prompts.
         trainings: whose weights have learned from such clips.
         reports: deleted, because they may have shown the text.
+        set_aside: damaged data files that were set aside, which may hold the text and cannot be searched.
     """
 
     prompts: int
@@ -43,6 +44,7 @@ class Forgot:
     shards: list[TouchedShard]
     trainings: list[str]
     reports: list[str]
+    set_aside: list[str]
 
 
 def forget(lake: Lake, names: list[str]) -> Forgot:
@@ -86,7 +88,7 @@ def forget(lake: Lake, names: list[str]) -> Forgot:
             purge_catalog(lake)
     finally:
         night.release()
-    return Forgot(len(found.prompt_ids), rows, shards, found.trainings, reports)
+    return Forgot(len(found.prompt_ids), rows, shards, found.trainings, reports, _set_aside(lake))
 
 
 def _remove_staging(lake: Lake) -> None:
@@ -95,6 +97,11 @@ def _remove_staging(lake: Lake) -> None:
         raise BusyError(
             f"An import into the lake in {lake.folder} is running. Wait until it is done, then forget."
         )
+
+
+def _set_aside(lake: Lake) -> list[str]:
+    files = (lake.folder / set_aside.FOLDER).rglob("*")
+    return sorted(str(path) for path in files if path.is_file() and path.parent.name in COLUMNS)
 
 
 def _remembered(found: Forgetting) -> pa.Table:

@@ -114,7 +114,8 @@ def refuse_other_catalogs(lake: Lake) -> None:
     if not isinstance(lake.catalog, SqliteCatalog):
         raise LakeError(
             f"The catalog of {lake.folder} is in {lake.catalog.where}, which keeps old rows and logs of its "
-            "own, so a prompt cannot be forgotten there. Export what shall stay into a lake without it."
+            "own, so a prompt cannot be forgotten there. Import its dumps into a new lake, "
+            "whose catalog is a file, and forget it there."
         )
 
 

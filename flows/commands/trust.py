@@ -130,8 +130,10 @@ def forget(lake: Path, config: Path | None, as_json: bool, names: tuple[str, ...
     from pipeline.forget import forget as forget_prompts
     from pipeline.forgetting import find
     from pipeline.lake import Lake
+    from pipeline.removal import refuse_other_catalogs
 
     opened = Lake.open(lake)
+    refuse_other_catalogs(opened)
     if not yes:
         _say_what_would_go(find(opened, list(names)))
         raise ConfigError(
@@ -146,6 +148,8 @@ def forget(lake: Path, config: Path | None, as_json: bool, names: tuple[str, ...
     )
     _print_shards(done.shards)
     _print_remains(done)
+    if not any(done.rows.values()):
+        note("The lake held nothing of them. Imports and nights leave them out from now on.")
 
 
 def _say_what_would_go(found: Forgetting) -> None:
@@ -159,6 +163,8 @@ def _say_what_would_go(found: Forgetting) -> None:
 def _print_remains(done: Forgot) -> None:
     for report in done.reports:
         click.echo(f"report {report}: deleted; `echomine report` writes it again")
+    for path in done.set_aside:
+        click.echo(f"file {path}: it was damaged and set aside, and may hold them; delete it yourself")
     for training in done.trainings:
         click.echo(
             f"training {training}: its checkpoint has learned from these clips; only you can discard it"

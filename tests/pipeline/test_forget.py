@@ -38,6 +38,7 @@ from pipeline.quarantine import Refused
 from pipeline.records import Prompt
 from pipeline.rollouts import prompt_table, rollout_table
 from pipeline.schema import SCORINGS
+from pipeline.set_aside import set_aside
 from pipeline.shards import load_clips
 from pipeline.what_if import parse_changes, simulate
 
@@ -259,6 +260,19 @@ def test_a_scorer_that_holds_its_rollouts_does_not_bring_them_back(builder: Lake
     assert lake.replace_rollouts(scored, scorings.slice(1)) == 0
     assert lake_rows(lake, "scorings")["rollout_id"].to_pylist() == kept["rollout_id"].to_pylist()
     assert WRITTEN not in everything(lake.folder)
+
+
+def test_damaged_files_stop_it_and_once_set_aside_are_named_since_nothing_can_search_them(
+    builder: LakeBuilder,
+) -> None:
+    lake = builder.lake
+    path = sorted((lake.folder / "files" / "main" / "rollouts").glob("*.parquet"))[0]
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(LakeError, match="Run `echomine doctor` to see what is damaged"):
+        forget(lake, [SECRET_PROMPT.prompt_id])
+    set_aside(lake)
+    done = forget(lake, [SECRET_PROMPT.prompt_id])
+    assert done.set_aside == [str(lake.folder / "damaged" / "main" / "rollouts" / path.name)]
 
 
 def test_rollouts_that_came_after_the_user_asked_what_would_go_are_found_too(builder: LakeBuilder) -> None:
