@@ -6,8 +6,6 @@ A snapshot that still held them would keep their bytes, so all older snapshots e
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -24,6 +22,7 @@ from pipeline.lake import Lake
 from pipeline.lake_writer import Writer
 from pipeline.parquet import write_data_file
 from pipeline.removal import purge_catalog, recount_minings, refuse_other_catalogs, remove_rows
+from pipeline.run_notes import read_notes, write_notes
 from pipeline.withdrawal import TouchedShard, notice_shards
 
 
@@ -128,12 +127,10 @@ def _tidy_runs(lake: Lake, found: Forgetting) -> list[str]:
                 staged.unlink()
             elif kept.num_rows < table.num_rows:
                 write_data_file(kept, staged)
-        note = folder / "run.json"
+        notes = read_notes(folder)
         for report in folder.glob("report*.html") if folder.name in found.runs else ():
             report.unlink()
             reports.append(str(report))
-        if note.is_file():  # the snapshot that a night noted ends now
-            partial = note.with_suffix(".partial")
-            partial.write_text(json.dumps(json.loads(note.read_text()) | {"snapshot": None}, indent=2) + "\n")
-            os.replace(partial, note)
+        if notes:  # the snapshot that a night noted ends now
+            write_notes(folder, notes | {"snapshot": None})
     return sorted(reports)

@@ -15,6 +15,7 @@ from pipeline.errors import ConfigError, NothingToMine
 from pipeline.lake import Lake
 from pipeline.lake_reader import Reader
 from pipeline.mine import decide, recorded_settings, resplitter
+from pipeline.mining_refusals import undamaged
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def simulate(
         NothingToMine: there is no mining to compare with, or what it mined has ended.
         MiningError: several entropy kinds would be ranked together, or successes to split again are
             of another tokenizer.
-        LakeError: no such snapshot.
+        LakeError: no such snapshot, or a data file that is met for the first time is damaged.
     """
     with lake.reader() as newest:
         last = _last_mining(newest, run_id)
@@ -117,10 +118,11 @@ def simulate(
     splitting = resplitter(config, tokenizer)
     if snapshot is None:
         snapshot = _still_there(lake, last)
-    with lake.reader(snapshot) as reader:
-        groups, dropped, clips = decide(
-            reader, config, recorded["since_snapshot"], last["run_id"], splitting=splitting
-        )
+    with lake.reader(snapshot) as reader, lake.reader() as current:
+        with undamaged(lake, reader.verification(newest=current)):
+            groups, dropped, clips = decide(
+                reader, config, recorded["since_snapshot"], last["run_id"], splitting=splitting
+            )
         mined_snapshot = reader.data_snapshot()
     return Simulation(
         last["mining_id"],
