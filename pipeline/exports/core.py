@@ -26,6 +26,7 @@ from pipeline.config import ExportConfig
 from pipeline.errors import FormatError, LakeError
 from pipeline.exports.manifest import CLIPS, EXPORT_VERSION, is_complete, read_manifest, replace_json
 from pipeline.exports.selection import Selection, no_clips, select, windows
+from pipeline.forgotten import Forgotten
 from pipeline.hashing import content_id, file_sha256
 from pipeline.lake import Lake
 from pipeline.lake_reader import Reader
@@ -83,9 +84,10 @@ def export_clips(
         NothingToMine: the lake was never mined.
         MiningError: no such mining, or clips of several tokenizers.
         FormatError: clips of another tokenizer than the form's, or prompts to exclude that cannot be read.
-        LakeError: no such snapshot, or the folder cannot be written.
+        LakeError: no such snapshot, the folder cannot be written, or prompts were forgotten meanwhile.
     """
     with lake.reader(snapshot) as reader:
+        forgotten = Forgotten.as_of(reader)
         selection = select(reader, config, mining_id)
         _refuse_other_tokenizer(selection, form)
         settings = (
@@ -96,7 +98,8 @@ def export_clips(
         mining = selection.mining
         export_id = content_id(mining["mining_id"], settings, selection.content_hash)[:16]
         target = folder.absolute() / export_id
-        if is_complete(target):
+        was_there = is_complete(target)
+        if was_there:
             manifest = read_manifest(target / "manifest.json")
         else:
             facts = {
@@ -108,7 +111,12 @@ def export_clips(
                 "tokenizer_hash": selection.tokenizer_hash,
             }
             manifest = _write(reader, selection, form, config.clips_per_shard, target, facts)
-    lake.commit({"shards": _shard_rows(target, manifest)})
+    try:
+        forgotten.commit(lake, {"shards": _shard_rows(target, manifest)})
+    except LakeError:  # what is not recorded would not be found when its prompts are forgotten
+        if not was_there:
+            shutil.rmtree(target)
+        raise
     if manifest["clips"]:  # a trainer that follows latest.json keeps its clips when a night found none
         latest = {"export": export_id, "mining_id": manifest["mining_id"]}
         replace_json(folder.absolute() / "latest.json", latest)

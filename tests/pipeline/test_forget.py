@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sqlite3
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -210,6 +211,22 @@ def test_the_one_file_with_the_clip_is_named_in_every_form(
         assert len(load_clips(export.folder, builder.tokenizer_hash)) == 1
     mine(lake, MiningConfig())
     assert export_clips(lake, tmp_path / "out", form, ExportConfig()).clips == 1
+
+
+def test_an_export_that_runs_meanwhile_leaves_nothing(builder: LakeBuilder, tmp_path: Path) -> None:
+    lake = LakeBuilder(tmp_path / "shared").lake
+    lake.commit({"rollouts": rollout_table(builder.rows)})
+    mine(lake, MiningConfig())
+
+    def rows(clips: pa.Table) -> pa.Table:
+        assert clips.num_rows == 2
+        assert forget(lake, [SECRET_PROMPT.prompt_id]).shards == []
+        return SHARDS.rows(clips)
+
+    with pytest.raises(LakeError, match=r"forgotten meanwhile\. Nothing was recorded; run the command again"):
+        export_clips(lake, tmp_path / "out", replace(SHARDS, rows=rows), ExportConfig())
+    assert list((tmp_path / "out").iterdir()) == []
+    assert export_clips(lake, tmp_path / "out", SHARDS, ExportConfig()).clips == 1
 
 
 def test_where_nothing_tells_which_clips_a_file_holds_it_may_be_all_of_the_mining(
