@@ -172,6 +172,22 @@ def test_a_refused_row_is_recognized_however_its_dump_names_the_prompt(
     assert [text for text in (SECRET, WRITTEN) if text in left] == []
 
 
+def test_refused_rows_that_only_hold_its_text_go_when_its_file_is_given_again(
+    builder: LakeBuilder, tmp_path: Path
+) -> None:
+    lake, path = builder.lake, tmp_path / "evaluation.jsonl"
+    path.write_text(json.dumps({"prompt": SECRET}) + "\n")
+    forget(lake, [str(path)])
+    cut = json.dumps({"prompt": SECRET, "completion": WRITTEN})[:-3]
+    rendered = f"<|im_start|>user\n{SECRET}<|im_end|>\n"
+    ingest(lake, [], [], (), [Refused("no JSON", "dump:1", {"line": cut})])
+    ingest(lake, [], [], (), [Refused("no reward", "dump:2", {"prompt": rendered, "output": WRITTEN})])
+    assert forget(lake, [SECRET_PROMPT.prompt_id]).rows["quarantine"] == 0, "an id tells no text"
+    assert forget(lake, [str(path)]).rows["quarantine"] == 2
+    left = everything(lake.folder)
+    assert [text for text in (SECRET, WRITTEN) if text in left] == []
+
+
 def test_a_prompt_file_forgets_the_question_whatever_its_truth(builder: LakeBuilder, tmp_path: Path) -> None:
     path = tmp_path / "evaluation.jsonl"
     path.write_text(json.dumps({"prompt": SECRET, "ground_truth": "42"}) + "\n")
