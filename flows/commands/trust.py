@@ -149,7 +149,7 @@ def forget(lake: Path, config: Path | None, as_json: bool, names: tuple[str, ...
     _print_shards(done.shards)
     _print_remains(done)
     if not any(done.rows.values()):
-        note("The lake held nothing of them. Imports and nights leave them out from now on.")
+        note("The lake held nothing more of them. Imports and nights leave them out from now on.")
 
 
 def _say_what_would_go(found: Forgetting) -> None:

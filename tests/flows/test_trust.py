@@ -140,7 +140,7 @@ def test_a_forgotten_prompt_is_gone_and_what_remains_is_named(folder, run):
 def test_a_prompt_that_is_forgotten_before_it_comes_is_refused_by_the_import(folder, run, tmp_path):
     path = dumps.write_jsonl(tmp_path / "evaluation.jsonl", [{"prompt": "5+6", "ground_truth": "11"}])
     code, _, errors = run("forget", "--prompt", path, "--yes")
-    nothing = "The lake held nothing of them. Imports and nights leave them out from now on."
+    nothing = "The lake held nothing more of them. Imports and nights leave them out from now on."
     assert (code, errors) == (0, [nothing])
     rows = [*dumps.group("new", [1.0, 0.0]), *dumps.group("out", [1.0, 1.0], prompt="5+6")]
     dump = dumps.write_jsonl(tmp_path / "night.jsonl", rows)
