@@ -175,6 +175,8 @@ def test_a_maintenance_that_was_killed_is_finished_by_the_next(killer, fresh, im
 
     def maintained(lake: Path) -> dict[str, list[str]]:
         assert not list(lake.rglob("orphan-*"))
+        with Lake.open(lake).reader() as reader:
+            (_,) = [path for path in reader.data_files() if "/rollouts/" in path]  # merged
         return contents(lake)
 
     survives(killer, 5, fresh(imported), lambda lake: ["maintain", "--lake", lake], maintained)
