@@ -143,10 +143,15 @@ class Reader:
     def data_snapshot(self) -> int:
         """The snapshot of the last change to rollouts or their verdicts: what a mining here really mines.
 
-        Files do not tell: one that was merged from the files of many commits holds them all.
+        Files do not tell: one that was merged from the files of many commits holds them all. Where older
+        snapshots ended, the oldest that is left stands for the change.
         """
-        sql = f"select max(snapshot) as n from ({_HISTORY}) where changed_rollouts and snapshot <= $snapshot"
-        return self.rows(sql, {"snapshot": self.snapshot})[0]["n"] or 0
+        sql = f"""
+            select coalesce(max(snapshot) filter (changed_rollouts), min(snapshot)) as n
+            from ({_HISTORY})
+            where snapshot <= $snapshot
+        """
+        return int(self.rows(sql, {"snapshot": self.snapshot})[0]["n"])
 
     def data_files(self, runs: tuple[str, str] | None = None) -> set[str]:
         """The snapshot's data files, as paths relative to the lake's folder.

@@ -15,6 +15,7 @@ import pyarrow as pa
 from pipeline import schema
 from pipeline.config import MiningConfig
 from pipeline.errors import MiningError
+from pipeline.forgotten import Forgotten
 from pipeline.hashing import content_id
 from pipeline.lake import MERGED_FILE, Lake
 from pipeline.lake_reader import Reader
@@ -78,13 +79,13 @@ def mine(
 
     Raises:
         MiningError: entropies of several kinds, or by several judges, would be ranked together, or successes
-            to split again are of another tokenizer.
-        LakeError: a data file that is met for the first time is damaged.
+            to split again are of another tokenizer, or the lake's history begins after `since_snapshot`.
+        LakeError: a data file that is met for the first time is damaged, or prompts were forgotten meanwhile.
     """
     started = time.monotonic()
     splitting = resplitter(config, tokenizer)
     with lake.reader(snapshot) as reader, _newest(lake, reader, snapshot) as newest:
-        data_snapshot = reader.data_snapshot()
+        data_snapshot, forgotten = reader.data_snapshot(), Forgotten.as_of(reader)
         stages = STAGES if splitting is None else (*STAGES, *splitting.stages)
         texts = (sql_file(f"mining/{stage}") for stage in stages)
         verdicts = (relations()[name] for name in ("current_verdicts", "judged_rollouts"))
@@ -124,11 +125,12 @@ def mine(
         "created_at": datetime.now(UTC),
     }
     clips = clips.append_column("mining_id", pa.array([mining_id] * clips.num_rows, pa.string()))
-    lake.commit(
+    forgotten.commit(
+        lake,
         {
             "echo_clips": clips.select(schema.ECHO_CLIPS.names).cast(schema.ECHO_CLIPS),
             "mining_runs": pa.Table.from_pylist([record], schema.MINING_RUNS),
-        }
+        },
     )
     return mining
 
