@@ -11,16 +11,14 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
+from pipeline.config_section import Section
 from pipeline.errors import ConfigError, nearest
+from pipeline.objective_config import REFUSED, ObjectiveConfig, owner_hint
 
 DEFAULT_LAKE = Path("data/lake")
 ARITH_PROMPTS = "arith"
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class SamplingConfig(Section):
@@ -151,7 +149,7 @@ class ExportConfig(Section):
     clips_per_shard: int = Field(4096, ge=1, description="clips in one Parquet file")
 
 
-class TrainConfig(Section):
+class TrainConfig(ObjectiveConfig):
     optim_steps: int = Field(4, ge=0, description="optimizer steps; 0 skips training")
     prompts_per_step: int = Field(8, ge=1, description="on-policy groups in a step")
     group_size: int = Field(8, ge=2, description="on-policy rollouts per prompt")
@@ -160,9 +158,6 @@ class TrainConfig(Section):
     lr: float = Field(2e-5, gt=0, description="AdamW learning rate")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
-    clip_low: float = Field(0.2, gt=0, lt=1, description="GRPO ratio clip below 1")
-    clip_high: float = Field(0.2, gt=0, description="GRPO ratio clip above 1")
-    scale_rewards: bool = Field(True, description="divide advantages by the group's deviation")
     batch_tokens: int = Field(16384, ge=1, description="padded tokens in one forward pass")
     seed: int = Field(0, ge=0, description="order of prompts and clips, and on-policy noise")
 
@@ -231,9 +226,10 @@ def validated(model: type[ConfigT], values: dict[str, Any], where: str) -> Confi
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             known = _keys_at(model, first["loc"][:-1])
-            raise ConfigError(
-                f"Unknown config key `{key}` in {where}: {nearest(str(first['loc'][-1]), known)}"
-            ) from None
+            meant = owner_hint(first["loc"]) or nearest(str(first["loc"][-1]), known)
+            raise ConfigError(f"Unknown config key `{key}` in {where}: {meant}") from None
+        if first["type"] == REFUSED:
+            raise ConfigError(f"In {where}, {first['msg']}.") from None
         raise ConfigError(
             f"Config key `{key}` in {where} is {first['input']!r:.80}: {first['msg']}. Give a valid value."
         ) from None

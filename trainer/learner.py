@@ -15,7 +15,9 @@ from pipeline.config import SamplingConfig, TrainConfig
 from pipeline.logprobs import Row, completion_logprobs
 from pipeline.records import Float32, Group, Judgement
 from trainer import objectives
+from trainer.advantages import REWARD_TOLERANCE, batch_advantages
 from trainer.batches import micro_batches
+from trainer.policy_loss import BatchCounts, PolicyTokens, needs_entropy_gradient, policy_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,18 +29,21 @@ MAX_MEASURED_CLIPS = 256
 
 @dataclass(frozen=True)
 class RolloutBatch:
-    """The R rollouts that a step learns from: those of whole groups, zero-advantage groups included.
+    """The R rollouts that a step learns from: those of whole groups, zero-advantage groups included unless
+    the objective leaves them out (DAPO).
 
     Attributes:
         rows: R pairs of prompt ids and completion ids.
         advantages: [R] float32, on the CPU.
         old_logprobs: R arrays [T], what each token was sampled with; None where the engine cannot say, and
             the policy is taken as it is: ratio 1, right for the first update on fresh rollouts.
+        max_tokens: what a completion may have at most, as sampled.
     """
 
     rows: list[Row]
     advantages: Tensor
     old_logprobs: list[Float32] | None
+    max_tokens: int
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,8 @@ def rollout_batch(
     config: TrainConfig,
     *,
     logprobs_known: bool,
-    reward_tolerance: float = objectives.REWARD_TOLERANCE,
+    max_tokens: int,
+    reward_tolerance: float = REWARD_TOLERANCE,
 ) -> RolloutBatch:
     """The rollouts of every group that was judged in full; a group that lost one gives no gradient."""
     rows: list[Row] = []
@@ -78,16 +84,21 @@ def rollout_batch(
         old += [sample.logprobs for sample in group.samples]
         rewards += of_group
         group_index += [index] * len(of_group)
-    known = [logprobs for logprobs in old if logprobs is not None]
+    advantages, kept = batch_advantages(
+        config,
+        torch.tensor(rewards, dtype=torch.float64),
+        torch.tensor(group_index, dtype=torch.int64),
+        torch.tensor([len(completion) for _, completion in rows], dtype=torch.int64),
+        max_tokens=max_tokens,
+        tolerance=reward_tolerance,
+    )
+    chosen = kept.nonzero().flatten().tolist()
+    known = [logprobs for i in chosen if (logprobs := old[i]) is not None]
     return RolloutBatch(
-        rows=rows,
-        advantages=objectives.group_advantages(
-            torch.tensor(rewards, dtype=torch.float64),
-            torch.tensor(group_index, dtype=torch.int64),
-            config.scale_rewards,
-            reward_tolerance,
-        ),
-        old_logprobs=known if logprobs_known and len(known) == len(old) else None,
+        rows=[rows[i] for i in chosen],
+        advantages=advantages[kept],
+        old_logprobs=known if logprobs_known and len(known) == len(chosen) else None,
+        max_tokens=max_tokens,
     )
 
 
@@ -98,36 +109,45 @@ def backward_rollouts(
     temperature: float,
     collect: Callable[[], None] | None = None,
 ) -> RolloutPass:
-    """Add the gradient of the GRPO loss to the model's parameters.
+    """Add the gradient of the objective's loss to the model's parameters.
+
+    With a correction the ratio is 1, and the engine's log-probs weigh the tokens instead of clipping them.
 
     Args:
         temperature: what the rollouts were sampled at; the loss is that of the tempered policy.
         collect: called after every backward pass.
     """
     device = model.device
-    loss, entropy, num_tokens, gap = 0.0, 0.0, 0, 0.0
+    num_tokens = sum(len(completion) for _, completion in batch.rows)
+    counts = BatchCounts(len(batch.rows), num_tokens, batch.max_tokens)
+    loss, entropy, gap = 0.0, 0.0, 0.0
     for part in micro_batches([_tokens(row) for row in batch.rows], config.batch_tokens):
-        stats = completion_logprobs(model, [batch.rows[i] for i in part], temperature=temperature)
-        old = stats.logprobs.detach()
+        stats = completion_logprobs(
+            model,
+            [batch.rows[i] for i in part],
+            temperature=temperature,
+            differentiable_entropies=needs_entropy_gradient(config),
+        )
+        old, sampled = stats.logprobs.detach(), None
         if batch.old_logprobs is not None:
-            old = torch.as_tensor(np.concatenate([batch.old_logprobs[i] for i in part]), device=device)
-            gap = max(gap, float((stats.logprobs.detach() - old).abs().max()) if len(old) else 0.0)
-        part_loss = objectives.grpo_loss(
+            sampled = torch.as_tensor(np.concatenate([batch.old_logprobs[i] for i in part]), device=device)
+            gap = max(gap, float((old - sampled).abs().max()) if len(old) else 0.0)
+            old = sampled if config.correction == "none" else old
+        tokens = PolicyTokens(
             stats.logprobs,
             old,
+            stats.entropies,
             batch.advantages[part].to(device),
             stats.lengths,
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
-            num_rollouts=len(batch.rows),
+            sampler_logprobs=sampled,
         )
+        part_loss, _ = policy_loss(config, tokens, counts)
         if part_loss.requires_grad:
             torch.autograd.backward(part_loss)
         if collect:
             collect()
         loss += part_loss.item()
-        entropy += float(stats.entropies.sum())
-        num_tokens += len(stats.entropies)
+        entropy += float(stats.entropies.detach().sum())
     return RolloutPass(
         loss, entropy / num_tokens if num_tokens else None, gap if batch.old_logprobs is not None else None
     )

@@ -182,6 +182,7 @@ def _step(
         judgements,
         config,
         logprobs_known=learner.sampled_logprobs_known(training.engine.logprobs_kind, training.sampling),
+        max_tokens=training.sampling.max_tokens,
         reward_tolerance=training.rules.reward_tolerance,
     )
     rl = learner.backward_rollouts(

@@ -25,7 +25,7 @@ def largest(grads):
 @pytest.mark.parametrize("reward", [1.0, 0.7, 0.0])
 def test_zero_advantage_groups_give_exactly_zero_gradient_and_clips_give_some(model, make, reward):
     groups = [make.group(model, text, 4) for text in ("1+2=", "30-7=")]
-    batch = rollout_batch(groups, [make.judged(*[reward] * 4)] * 2, CONFIG, logprobs_known=True)
+    batch = rollout_batch(groups, [make.judged(*[reward] * 4)] * 2, CONFIG, logprobs_known=True, max_tokens=9)
     assert len(batch.rows) == 8
     assert backward_rollouts(model, batch, CONFIG, temperature=1.0).loss == 0.0
     backward_clips(model, make.clips(5), echo_weight=0.0, batch_tokens=100)
@@ -39,7 +39,7 @@ def test_zero_advantage_groups_give_exactly_zero_gradient_and_clips_give_some(mo
 
 def test_mixed_groups_give_a_gradient(model, make):
     batch = rollout_batch(
-        [make.group(model, "1+2=", 4)], [make.judged(1, 0, 0, 1)], CONFIG, logprobs_known=True
+        [make.group(model, "1+2=", 4)], [make.judged(1, 0, 0, 1)], CONFIG, logprobs_known=True, max_tokens=9
     )
     backward_rollouts(model, batch, CONFIG, temperature=1.0)
     assert largest(gradients(model)) > 1e-3
@@ -50,7 +50,7 @@ def test_loss_and_gradient_do_not_depend_on_micro_batches(make, batch_tokens):
     model = make.model(dtype=torch.float64)
     groups = [make.group(model, text, 4, max_tokens=tokens) for text, tokens in (("1+2=", 9), ("3=", 4))]
     judgements = [make.judged(1, 0, 0, 1), make.judged(0, 0, 1, 0)]
-    batch = rollout_batch(groups, judgements, CONFIG, logprobs_known=True)
+    batch = rollout_batch(groups, judgements, CONFIG, logprobs_known=True, max_tokens=9)
     clips = [dataclasses.replace(clip, weight=1.0 + i / 4) for i, clip in enumerate(make.clips(7))]
     # At a temperature that nothing was sampled at, so that ratios differ from 1 and some are clipped.
     whole_rl = backward_rollouts(model, batch, CONFIG, temperature=0.8)
@@ -73,7 +73,7 @@ def test_loss_and_gradient_do_not_depend_on_micro_batches(make, batch_tokens):
 def test_the_gradient_is_that_of_the_loss_written_out_over_the_whole_model(make):
     model = make.model(dtype=torch.float64)
     group, clips = make.group(model, "1+2=", 4, temperature=0.8), make.clips(3)
-    batch = rollout_batch([group], [make.judged(1, 0, 0, 0)], CONFIG, logprobs_known=False)
+    batch = rollout_batch([group], [make.judged(1, 0, 0, 0)], CONFIG, logprobs_known=False, max_tokens=9)
     backward_rollouts(model, batch, CONFIG, temperature=0.8)
     backward_clips(model, clips, 0.5, CONFIG.batch_tokens)
     ours = gradients(model)
@@ -97,7 +97,7 @@ def test_the_gradient_is_that_of_the_loss_written_out_over_the_whole_model(make)
 
 def test_the_learner_agrees_with_the_sampler_on_log_probs(model, make):
     group = make.group(model, "12+30=", 4)
-    batch = rollout_batch([group], [make.judged(1, 0, 0, 0)], CONFIG, logprobs_known=True)
+    batch = rollout_batch([group], [make.judged(1, 0, 0, 0)], CONFIG, logprobs_known=True, max_tokens=9)
     done = backward_rollouts(model, batch, CONFIG, temperature=1.0)
     assert done.logprob_gap < 1e-4
     sampled = np.concatenate([sample.entropies for sample in group.samples])
@@ -107,17 +107,17 @@ def test_the_learner_agrees_with_the_sampler_on_log_probs(model, make):
 def test_a_group_that_lost_a_rollout_gives_no_gradient(model, make):
     groups = [make.group(model, "1+2=", 4), make.group(model, "30-7=", 4)]
     judgements = [make.judged(1, None, 0, 1), make.judged(1, 0, 0, 0)]
-    batch = rollout_batch(groups, judgements, CONFIG, logprobs_known=True)
+    batch = rollout_batch(groups, judgements, CONFIG, logprobs_known=True, max_tokens=9)
     assert [row[1].tolist() for row in batch.rows] == [s.completion_ids.tolist() for s in groups[1].samples]
-    nothing = rollout_batch(groups[:1], judgements[:1], CONFIG, logprobs_known=True)
+    nothing = rollout_batch(groups[:1], judgements[:1], CONFIG, logprobs_known=True, max_tokens=9)
     done = backward_rollouts(model, nothing, CONFIG, temperature=1.0)
     assert (done.loss, done.entropy_mean, gradients(model)) == (0.0, None, {})
 
 
 def test_without_the_samplers_log_probs_the_ratio_is_one(model, make):
     group = make.group(model, "1+2=", 4)
-    known = rollout_batch([group], [make.judged(1, 0, 0, 0)], CONFIG, logprobs_known=True)
-    unknown = rollout_batch([group], [make.judged(1, 0, 0, 0)], CONFIG, logprobs_known=False)
+    known = rollout_batch([group], [make.judged(1, 0, 0, 0)], CONFIG, logprobs_known=True, max_tokens=9)
+    unknown = rollout_batch([group], [make.judged(1, 0, 0, 0)], CONFIG, logprobs_known=False, max_tokens=9)
     backward_rollouts(model, known, CONFIG, temperature=1.0)
     with_known = gradients(model)
     done = backward_rollouts(model, unknown, CONFIG, temperature=1.0)
