@@ -65,7 +65,7 @@ def trl_batch(trainer, objective, scaled, correction):
     trainer.epsilon_low, trainer.epsilon_high = CLIPS[objective]
     trainer.scale_rewards = "group" if scaled else "none"
     trainer.use_vllm = False
-    torch.manual_seed(5)
+    torch.manual_seed(39)
     examples = [{"prompt": prompt} for prompt in PROMPTS for _ in range(GROUP_SIZE)]
     batch = trainer._generate_and_score_completions(examples)
     mask = batch["completion_mask"]
@@ -180,7 +180,7 @@ def test_loss_and_gradients_are_trls(trl_trainer, objective, scaled, correction,
     assert ours.loss == pytest.approx(loss, rel=TOLERANCE)
     assert ours.gradients.keys() == gradients.keys()
     for name, gradient in gradients.items():
-        assert float((ours.gradients[name] - gradient).norm() / gradient.norm()) < TOLERANCE, name
+        assert float((ours.gradients[name] - gradient).norm()) < TOLERANCE * float(gradient.norm()), name
 
 
 def test_the_compared_batch_has_unequal_lengths_clipped_tokens_and_a_mixed_group(trl_trainer):
