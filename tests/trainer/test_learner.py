@@ -139,3 +139,41 @@ def test_without_the_samplers_log_probs_the_ratio_is_one(model, make):
 )
 def test_sampled_log_probs_are_used_only_where_they_are_of_the_trained_distribution(kind, options, known):
     assert sampled_logprobs_known(kind, SamplingConfig(**options)) is known
+
+
+def test_dapo_learns_from_mixed_groups_only_and_counts_no_others(model, make):
+    groups = [make.group(model, "1+2=", 4), make.group(model, "30-7=", 4)]
+    judgements = [make.judged(1, 1, 1, 1), make.judged(1, 0, 0, 0)]
+    dapo = TrainConfig(group_size=4, objective="dapo")
+    batch = rollout_batch(groups, judgements, dapo, logprobs_known=True, max_tokens=9)
+    alone = rollout_batch(groups[1:], judgements[1:], dapo, logprobs_known=True, max_tokens=9)
+    assert [row[1].tolist() for row in batch.rows] == [s.completion_ids.tolist() for s in groups[1].samples]
+    assert len(batch.old_logprobs) == 4
+    done = backward_rollouts(model, batch, dapo, temperature=1.0)
+    assert done.loss == backward_rollouts(model, alone, dapo, temperature=1.0).loss
+
+
+def test_a_correction_weighs_tokens_by_the_engines_log_probs_with_ratio_one(make):
+    model = make.model(dtype=torch.float64)
+    group = make.group(model, "1+2=", 4)
+    plain = rollout_batch([group], [make.judged(1, 0, 0, 0)], CONFIG, logprobs_known=False, max_tokens=9)
+    backward_rollouts(model, plain, CONFIG, temperature=1.0)
+    uncorrected = gradients(model)
+    # An engine that is e times too sure of every token: each weighs 1/e.
+    surer = [sample.logprobs + np.float32(1) for sample in group.samples]
+    batch = dataclasses.replace(plain, old_logprobs=surer)
+    config = TrainConfig(group_size=4, correction="truncated")
+    done = backward_rollouts(model, batch, config, temperature=1.0)
+    assert done.logprob_gap == pytest.approx(1.0, abs=1e-4)
+    for name, grad in gradients(model).items():
+        torch.testing.assert_close(grad, uncorrected[name] / np.e, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("objective", ["luffy", "uft"])
+def test_the_entropy_bonus_reaches_the_model(model, make, objective):
+    group = make.group(model, "1+2=", 4)
+    config = TrainConfig(group_size=4, objective=objective)
+    batch = rollout_batch([group], [make.judged(1, 1, 1, 1)], config, logprobs_known=True, max_tokens=9)
+    done = backward_rollouts(model, batch, config, temperature=1.0)
+    assert done.loss == pytest.approx(-0.001 * done.entropy_mean, rel=1e-4)
+    assert largest(gradients(model)) > 0

@@ -59,7 +59,7 @@ def drifted(logprobs, scale, seed):
 
 
 def trl_batch(trainer, objective, scaled, correction):
-    """What TRL samples and scores, with old log-probs of a drifted policy and an engine that errs a little."""
+    """What TRL samples and scores, old log-probs of a drifted policy, an engine that errs a little."""
     trainer.loss_type = "grpo" if objective == "gspo" else objective
     trainer.importance_sampling_level = "sequence" if objective == "gspo" else "token"
     trainer.epsilon_low, trainer.epsilon_high = CLIPS[objective]
