@@ -86,7 +86,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return char_tokenizer()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make() -> SimpleNamespace:
     """What the tests build batches from, by name."""
     return SimpleNamespace(

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import char_tokenizer, tiny_llama
 
 from pipeline.logprobs import completion_logprobs
 from pipeline.objective_config import ObjectiveConfig
@@ -26,7 +25,7 @@ def first_token_reward(completion_ids, **_):
 
 
 @pytest.fixture(scope="module")
-def trl_trainer(tmp_path_factory):
+def trl_trainer(make, tmp_path_factory):
     """TRL's own trainer, as its users make it."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
@@ -43,11 +42,11 @@ def trl_trainer(tmp_path_factory):
         gradient_checkpointing=False,
     )
     trainer = GRPOTrainer(
-        model=tiny_llama(),
+        model=make.model(),
         reward_funcs=first_token_reward,
         args=settings,
         train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
-        processing_class=char_tokenizer(),
+        processing_class=make.tokenizer(),
     )
     trainer.model.train()
     return trainer
@@ -117,7 +116,7 @@ def trl_loss_and_gradients(trainer, batch, accumulation):
     return total, {name: param.grad.clone() for name, param in trainer.model.named_parameters()}
 
 
-def our_loss_and_gradients(config, batch, sampler):
+def our_loss_and_gradients(model, config, batch, sampler):
     """The same from ids and rewards: our advantages, forward pass, loss."""
     mask = batch["completion_mask"].bool()
     rows = [
@@ -136,7 +135,6 @@ def our_loss_and_gradients(config, batch, sampler):
         max_tokens=MAX_TOKENS,
     )
     assert kept.all()
-    model = tiny_llama()
     stats = completion_logprobs(model, rows)
     tokens = PolicyTokens(
         stats.logprobs,
@@ -174,10 +172,10 @@ CASES = [
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("correction", ["none", "truncated", "sequence_mask", "token_mask"])
 @pytest.mark.parametrize(("objective", "scaled"), CASES)
-def test_loss_and_gradients_are_trls(trl_trainer, objective, scaled, correction, accumulation):
+def test_loss_and_gradients_are_trls(make, trl_trainer, objective, scaled, correction, accumulation):
     batch, sampler = trl_batch(trl_trainer, objective, scaled, correction)
     loss, gradients = trl_loss_and_gradients(trl_trainer, batch, accumulation)
-    ours = our_loss_and_gradients(our_config(objective, scaled, correction), batch, sampler)
+    ours = our_loss_and_gradients(make.model(), our_config(objective, scaled, correction), batch, sampler)
     torch.testing.assert_close(ours.advantages, batch["advantages"], rtol=TOLERANCE, atol=1e-6)
     assert ours.loss == pytest.approx(loss, rel=TOLERANCE)
     assert ours.gradients.keys() == gradients.keys()
@@ -185,9 +183,9 @@ def test_loss_and_gradients_are_trls(trl_trainer, objective, scaled, correction,
         assert float((ours.gradients[name] - gradient).norm()) < TOLERANCE * float(gradient.norm()), name
 
 
-def test_the_compared_batch_has_unequal_lengths_clipped_tokens_and_a_mixed_group(trl_trainer):
+def test_the_compared_batch_has_unequal_lengths_clipped_tokens_and_a_mixed_group(make, trl_trainer):
     batch, sampler = trl_batch(trl_trainer, "grpo", True, "none")
-    ours = our_loss_and_gradients(our_config("grpo", True, "none"), batch, sampler)
+    ours = our_loss_and_gradients(make.model(), our_config("grpo", True, "none"), batch, sampler)
     assert len(set(batch["completion_mask"].sum(1).tolist())) > 2
     assert len(set(batch["prompt_mask"].sum(1).tolist())) == NUM_PROMPTS
     assert 0.05 < ours.figures.clip_share < 0.8
