@@ -8,7 +8,7 @@ policy_version 0, finish_reason stop, entropy_kind full_vocab, group_size the nu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,10 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.errors import FormatError, nearest
-from pipeline.formats import named
 from pipeline.formats.json_lines import first_object
 from pipeline.formats.json_rows import json_lines
 from pipeline.formats.parquet_rows import column_names, parquet_rows, parquet_tables
 from pipeline.formats.source_rows import SourceRow, check_file
-from pipeline.importing import import_rollouts
-from pipeline.ingest import Ingested
-from pipeline.lake import Lake
 
 NAME = "canonical"
 REQUIRED = ("group_id", "sample_index", "completion_ids", "completion_entropies", "reward")
@@ -39,7 +35,7 @@ def recognizes(path: Path) -> bool:
 
 def read(path: Path) -> Iterator[SourceRow]:
     """The rows of a file; see `source_rows.Format`."""
-    check_files([path])
+    _check(path)
     rows = parquet_rows if path.suffix == ".parquet" else json_lines
     for row in rows(path):
         yield row if row.problem else replace(row, problem=_problem(row.values))
@@ -49,41 +45,26 @@ def tables(path: Path) -> Iterator[pa.Table] | None:
     """The columns of a Parquet file; see `source_rows.ColumnarFormat`."""
     if path.suffix != ".parquet":
         return None
-    check_files([path])
+    _check(path)
     return (_with_problems(table) for table in parquet_tables(path))
 
 
-def check_files(files: Sequence[Path]) -> None:
-    """Raises FormatError for a file that is missing, of another kind, cut off, or without a required column.
-
-    Called before anything is written, so that a mistyped path costs nothing.
-    """
-    for path in files:
-        check_file(path)
-        if path.suffix not in SUFFIXES:
-            raise FormatError(f"{path} is neither .parquet nor .jsonl. Convert it, or check the path.")
-        if path.suffix != ".parquet":
-            continue
-        names = column_names(path)
-        if names is None:
-            next(parquet_tables(path))  # says what is wrong with it
-            continue
-        needed = [name for name in REQUIRED if name not in names]
-        if "prompt_ids" not in names and "prompt" not in names:
-            needed.append("prompt_ids")
-        if needed:
-            raise FormatError(f"{path} has no column `{needed[0]}`: {nearest(needed[0], names)}")
-
-
-def import_canonical(
-    lake: Lake,
-    files: Sequence[Path],
-    tokenizer: Any,
-    progress: Callable[[int], None] | None = None,
-) -> Ingested:
-    """`import_rollouts` of canonical dumps, which are checked first."""
-    check_files(files)
-    return import_rollouts(lake, [(path, named(NAME)) for path in files], tokenizer, progress).rows
+def _check(path: Path) -> None:
+    """Raises FormatError: the file is missing, of another kind, cut off, or lacks a required column."""
+    check_file(path)
+    if path.suffix not in SUFFIXES:
+        raise FormatError(f"{path} is neither .parquet nor .jsonl. Convert it, or check the path.")
+    if path.suffix != ".parquet":
+        return
+    names = column_names(path)
+    if names is None:
+        next(parquet_tables(path))  # says what is wrong with it
+        return
+    needed = [name for name in REQUIRED if name not in names]
+    if "prompt_ids" not in names and "prompt" not in names:
+        needed.append("prompt_ids")
+    if needed:
+        raise FormatError(f"{path} has no column `{needed[0]}`: {nearest(needed[0], names)}")
 
 
 def _problem(row: Mapping[str, Any]) -> str | None:

@@ -26,13 +26,14 @@ import pyarrow.parquet as pq
 from measure import medians, peak_mebibytes, print_table
 
 from pipeline.errors import FormatError
-from pipeline.formats.canonical import import_canonical
 from pipeline.hashing import file_sha256
-from pipeline.import_rows import ImportContext, completed_row
+from pipeline.imports.context import ImportContext
+from pipeline.imports.core import import_rollouts, with_formats
+from pipeline.imports.rows import completed_row
 from pipeline.ingest import ingest
 from pipeline.lake import Lake
 from pipeline.models import model_folder
-from pipeline.rollouts import Refused
+from pipeline.quarantine import Refused
 from pipeline.tokenization import load_tokenizer
 
 GROUP_SIZE = 8
@@ -134,7 +135,7 @@ def main() -> None:
         if side == "row by row":
             plainly(lake, path, tokenizer)
         else:
-            import_canonical(lake, [path], tokenizer)
+            import_rollouts(lake, with_formats([path]), tokenizer)
         shutil.rmtree(folder)
 
     if options.once:

@@ -95,6 +95,14 @@ def test_an_import_needs_a_tokenizer_that_is_there(refused, tmp_path):
     says(line, tmp_path / "none", "Give a Hugging Face model or tokenizer folder")
 
 
+def test_an_import_of_a_missing_file_says_so_before_it_asks_for_a_tokenizer(refused, tmp_path):
+    missing = tmp_path / "missing*.jsonl"
+    for more in ([], ["--format", "verl"]):
+        says(refused("import", "rollouts", missing, *more), f"There is no file {missing}")
+    dump = dumps.write_jsonl(tmp_path / "dump.jsonl", dumps.night())
+    says(refused("import", "rollouts", dump), "no tokenizer is given. Give --tokenizer")
+
+
 # Rows that are refused
 
 

@@ -42,13 +42,14 @@ def write(path: Path, num_mib: int) -> int:
 
 def import_(path: Path, folder: Path) -> float:
     """Imports the dump into a new lake; the greatest resident memory of this process, MiB."""
-    from pipeline.formats.canonical import import_canonical
+    from pipeline.imports.core import import_rollouts, with_formats
     from pipeline.lake import Lake
     from pipeline.models import model_folder
     from pipeline.tokenization import load_tokenizer
 
-    done = import_canonical(Lake.create(folder), [path], load_tokenizer(model_folder("arith")))
-    assert done.refused == 0
+    tokenizer = load_tokenizer(model_folder("arith"))
+    done = import_rollouts(Lake.create(folder), with_formats([path]), tokenizer)
+    assert done.rows.refused == 0
     # getrusage would count what the parent held when it started this process
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))

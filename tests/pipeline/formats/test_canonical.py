@@ -14,7 +14,7 @@ from sample_lake import EOS_ID, character_tokenizer
 
 from pipeline.config import MiningConfig
 from pipeline.errors import FormatError
-from pipeline.formats.canonical import import_canonical
+from pipeline.imports.core import import_rollouts, with_formats
 from pipeline.ingest import Ingested
 from pipeline.lake import Lake
 from pipeline.mine import mine
@@ -40,7 +40,7 @@ def dumped(group_id: str, sample_index: int, text: str = "4\n#2", **changes: Any
 
 
 def taken(lake: Lake, *files: Path) -> Ingested:
-    return import_canonical(lake, files, TOKENIZER)
+    return import_rollouts(lake, with_formats(files, "canonical"), TOKENIZER).rows
 
 
 def rows_of(lake: Lake, sql: str) -> list[dict[str, Any]]:

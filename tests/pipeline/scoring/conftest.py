@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pipeline.config import EngineConfig, SamplingConfig
 from pipeline.engines.base import GroupRequest
 from pipeline.engines.transformers import TransformersEngine
-from pipeline.formats.canonical import import_canonical
+from pipeline.imports.core import import_rollouts, with_formats
 from pipeline.lake import Lake
 from pipeline.models import load_model, model_folder, policy_of
 from pipeline.records import Prompt
@@ -72,7 +72,7 @@ def put(lake: Lake, tmp_path: Path, tokenizer: Any):
     def put(rows: list[dict[str, Any]], tokenizer: Any = tokenizer) -> Lake:
         dump = tmp_path / "dump.jsonl"
         dump.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        assert import_canonical(lake, [dump], tokenizer).refused == 0
+        assert import_rollouts(lake, with_formats([dump]), tokenizer).rows.refused == 0
         return lake
 
     return put

@@ -20,11 +20,11 @@ import pyarrow.compute as pc
 from pipeline import formats, schema
 from pipeline.errors import FormatError
 from pipeline.forgotten import FORGOTTEN, PLACE, Forgotten
-from pipeline.formats.source_rows import Format
+from pipeline.formats.source_rows import Format, check_file
 from pipeline.hashing import content_id, file_sha256
-from pipeline.import_batches import batches
-from pipeline.import_rows import ImportContext
-from pipeline.import_staging import ImportStaging, bytes_in_memory
+from pipeline.imports.batches import batches
+from pipeline.imports.context import ImportContext
+from pipeline.imports.staging import ImportStaging, bytes_in_memory
 from pipeline.ingest import Ingested, conflicts, ingest_table
 from pipeline.lake import Lake
 from pipeline.lake_reader import Reader
@@ -92,6 +92,8 @@ def import_rollouts(
         LakeError: the lake cannot be written; then whole groups may be, and the import can be run again.
     """
     paths = [path for path, _ in files]
+    for path in paths:
+        check_file(path)
     run_id = "import-" + content_id(sorted(file_sha256(path) for path in paths))[:16]
     context = ImportContext(tokenizer, run_id)
     forgotten, done = Forgotten.of(lake), Imported()
