@@ -11,12 +11,14 @@ from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from pipeline.config_keys import nearest_key
 from pipeline.config_section import Section
 from pipeline.delimiters import written_delimiter
 from pipeline.errors import ConfigError
+from pipeline.objective_checks import idle_option, sampled_logprobs_known
 from pipeline.objective_config import REFUSED, ObjectiveConfig, owner_hint
 
 DEFAULT_LAKE = Path("data/lake")
@@ -156,6 +158,7 @@ class ExportConfig(Section):
 
 class TrainConfig(ObjectiveConfig):
     optim_steps: int = Field(4, ge=0, description="optimizer steps; 0 skips training")
+    updates_per_batch: int = Field(1, ge=1, description="optimizer steps on each batch of rollouts")
     prompts_per_step: int = Field(8, ge=1, description="on-policy groups in a step")
     group_size: int = Field(8, ge=2, description="on-policy rollouts per prompt")
     clips_per_step: int = Field(16, ge=0, description="EchoClips in a step")
@@ -195,6 +198,14 @@ class NightlyConfig(Section):
     export: ExportConfig = Field(default_factory=ExportConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     maintain: MaintainConfig = Field(default_factory=MaintainConfig)
+
+    @model_validator(mode="after")
+    def _refuse_what_nothing_reads(self) -> NightlyConfig:
+        known = sampled_logprobs_known("raw", self.sampling)  # the engine that a training samples with
+        why = idle_option(self.train, self.sampling.max_tokens, known)
+        if why is not None:
+            raise PydanticCustomError(REFUSED, why)
+        return self
 
 
 ConfigT = TypeVar("ConfigT", bound=Section)

@@ -42,7 +42,10 @@ class DapoConfig(Section):
     clip_high: ClipHigh = 0.28
     scale_rewards: ScaleRewards = True
     advantage_epsilon: AdvantageEpsilon = 1e-6
-    dynamic_sampling: bool = Field(True, description="leave out groups of equal task rewards")
+    dynamic_sampling: bool = Field(True, description="replace groups of equal task rewards by others")
+    max_refills: int = Field(
+        10, ge=0, description="batches of further prompts that a step samples at most, to replace those"
+    )
     overlong_buffer_tokens: int | None = Field(
         None,
         ge=0,
@@ -66,6 +69,7 @@ class GspoConfig(Section):
 
 class LuffyConfig(Section):
     shaping_gamma: float = Field(0.1, gt=0, description="γ of the shaping π / (π + γ) of expert tokens")
+    experts_per_group: int = Field(1, ge=1, description="expert rollouts at most that join a group")
     experts_in_statistics: bool = Field(
         True, description="expert rewards count in a group's mean and deviation"
     )
@@ -104,6 +108,15 @@ OWNERS: dict[str, type[Section]] = {
     "uft": UftConfig,
 }
 
+# An option, and the value of another one of its section under which nothing reads it.
+IDLE: dict[str, tuple[str, object]] = {
+    "advantage_epsilon": ("scale_rewards", False),
+    "max_refills": ("dynamic_sampling", False),
+    "overlong_penalty": ("overlong_buffer_tokens", 0),
+    "overlong_buffer_tokens": ("overlong_penalty", 0),
+    "hint_end": ("hint_steps", 0),
+}
+
 
 class ObjectiveConfig(Section):
     objective: Literal["grpo", "dapo", "dr_grpo", "gspo", "luffy", "uft"] = Field(
@@ -139,6 +152,14 @@ class ObjectiveConfig(Section):
                     REFUSED,
                     f"`train.{owner}.{changed[0]}` belongs to the objective {owner}, and train.objective is "
                     f'{self.objective}. Set train.objective = "{owner}", or leave the option out',
+                )
+        for key in _changed(self.options, OWNERS[self.objective]):
+            other, value = IDLE.get(key, ("", None))
+            if other and getattr(self.options, other) == value:
+                raise PydanticCustomError(
+                    REFUSED,
+                    f"`train.{self.objective}.{key}` has no effect, as train.{self.objective}.{other} is "
+                    f"{str(value).lower()}. Change that, or leave the option out",
                 )
         for key in ("correction_cap", "correction_floor"):
             if self.correction == "none" and getattr(self, key) != type(self).model_fields[key].default:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.errors import ConfigError
 from pipeline.objective_config import DapoConfig, DrGrpoConfig, LuffyConfig, ObjectiveConfig
 
 REWARD_TOLERANCE = 1e-6
@@ -36,9 +35,6 @@ def batch_advantages(
     Returns:
         advantages [B] float32; kept [B] bool: false for those that DAPO's dynamic sampling leaves out, which
         are to be replaced by other groups' and count in no mean.
-
-    Raises:
-        ConfigError: DAPO's overlong buffer is longer than a completion.
     """
     options = config.options
     kept = torch.ones(len(task_rewards), dtype=torch.bool, device=task_rewards.device)
@@ -133,11 +129,6 @@ def overlong_share(lengths: Tensor, max_tokens: int, buffer_tokens: int) -> Tens
 def _buffer(options: DapoConfig, max_tokens: int) -> int:
     if options.overlong_buffer_tokens is None:
         return max_tokens // OVERLONG_SHARE
-    if options.overlong_buffer_tokens > max_tokens:
-        raise ConfigError(
-            f"train.dapo.overlong_buffer_tokens is {options.overlong_buffer_tokens}, more than the "
-            f"{max_tokens} tokens of a completion. Lower it, or raise sampling.max_tokens."
-        )
     return options.overlong_buffer_tokens
 
 

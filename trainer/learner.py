@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.config import SamplingConfig, TrainConfig
-from pipeline.logprobs import Row, completion_logprobs
-from pipeline.records import Float32, Group, Judgement
+from pipeline.config import TrainConfig
+from pipeline.logprobs import Row, TokenStats, completion_logprobs
+from pipeline.records import Float32
 from trainer import objectives
-from trainer.advantages import REWARD_TOLERANCE, batch_advantages
 from trainer.batches import micro_batches
-from trainer.policy_loss import BatchCounts, PolicyTokens, needs_entropy_gradient, policy_loss
+from trainer.policy_loss import BatchCounts, LossFigures, PolicyTokens, needs_entropy_gradient, policy_loss
+from trainer.rollout_batch import RolloutBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,78 +28,19 @@ MAX_MEASURED_CLIPS = 256
 
 
 @dataclass(frozen=True)
-class RolloutBatch:
-    """The R rollouts that a step learns from: those of whole groups, zero-advantage groups included unless
-    the objective leaves them out (DAPO).
+class RolloutPass:
+    """What one pass over the rollouts gave.
 
     Attributes:
-        rows: R pairs of prompt ids and completion ids.
-        advantages: [R] float32, on the CPU.
-        old_logprobs: R arrays [T], what each token was sampled with; None where the engine cannot say, and
-            the policy is taken as it is: ratio 1, right for the first update on fresh rollouts.
-        max_tokens: what a completion may have at most, as sampled.
+        figures: of all their tokens; None without rollouts.
+        logprob_gap: greatest |log π − log π_engine|, nats; None where the engine does not say.
+        logprobs: of each row, [T] nats, by the trainer.
     """
 
-    rows: list[Row]
-    advantages: Tensor
-    old_logprobs: list[Float32] | None
-    max_tokens: int
-
-
-@dataclass(frozen=True)
-class RolloutPass:
-    """Attributes: loss; entropy_mean (nats per completion token, at temperature 1; None without tokens);
-    logprob_gap: greatest |log π − log π_old|, nats (None where π_old is not known)."""
-
     loss: float
-    entropy_mean: float | None
+    figures: LossFigures | None
     logprob_gap: float | None
-
-
-def sampled_logprobs_known(logprobs_kind: str, sampling: SamplingConfig) -> bool:
-    """Whether an engine's log-probs are those of the whole distribution at the sampling temperature."""
-    truncated = sampling.top_p < 1 or sampling.top_k > 0
-    return not truncated and (logprobs_kind == "processed" or sampling.temperature == 1)
-
-
-def rollout_batch(
-    groups: Sequence[Group],
-    judgements: Sequence[Sequence[Judgement]],
-    config: TrainConfig,
-    *,
-    logprobs_known: bool,
-    max_tokens: int,
-    reward_tolerance: float = REWARD_TOLERANCE,
-) -> RolloutBatch:
-    """The rollouts of every group that was judged in full; a group that lost one gives no gradient."""
-    rows: list[Row] = []
-    rewards: list[float] = []
-    group_index: list[int] = []
-    old: list[Float32 | None] = []
-    for index, (group, judged) in enumerate(zip(groups, judgements, strict=True)):
-        of_group = [judgement.reward for judgement in judged if judgement.reward is not None]
-        if len(of_group) < config.group_size or len(group.samples) != len(of_group):
-            continue
-        rows += [(group.prompt_ids, sample.completion_ids) for sample in group.samples]
-        old += [sample.logprobs for sample in group.samples]
-        rewards += of_group
-        group_index += [index] * len(of_group)
-    advantages, kept = batch_advantages(
-        config,
-        torch.tensor(rewards, dtype=torch.float64),
-        torch.tensor(group_index, dtype=torch.int64),
-        torch.tensor([len(completion) for _, completion in rows], dtype=torch.int64),
-        max_tokens=max_tokens,
-        tolerance=reward_tolerance,
-    )
-    chosen = kept.nonzero().flatten().tolist()
-    known = [logprobs for i in chosen if (logprobs := old[i]) is not None]
-    return RolloutBatch(
-        rows=[rows[i] for i in chosen],
-        advantages=advantages[kept],
-        old_logprobs=known if logprobs_known and len(known) == len(chosen) else None,
-        max_tokens=max_tokens,
-    )
+    logprobs: list[Float32]
 
 
 def backward_rollouts(
@@ -111,16 +52,16 @@ def backward_rollouts(
 ) -> RolloutPass:
     """Add the gradient of the objective's loss to the model's parameters.
 
-    With a correction the ratio is 1, and the engine's log-probs weigh the tokens instead of clipping them.
+    π_old is what the engine says, or, with a correction, which weighs the tokens by what the engine says,
+    what the trainer found in its first update on the batch.
 
     Args:
         temperature: what the rollouts were sampled at; the loss is that of the tempered policy.
         collect: called after every backward pass.
     """
-    device = model.device
-    num_tokens = sum(len(completion) for _, completion in batch.rows)
-    counts = BatchCounts(len(batch.rows), num_tokens, batch.max_tokens)
-    loss, entropy, gap = 0.0, 0.0, 0.0
+    counts = _counts(batch)
+    loss, gap, figures = 0.0, 0.0, None
+    logprobs: list[Float32] = [np.zeros(0, dtype=np.float32)] * len(batch.rows)
     for part in micro_batches([_tokens(row) for row in batch.rows], config.batch_tokens):
         stats = completion_logprobs(
             model,
@@ -128,29 +69,55 @@ def backward_rollouts(
             temperature=temperature,
             differentiable_entropies=needs_entropy_gradient(config),
         )
-        old, sampled = stats.logprobs.detach(), None
-        if batch.old_logprobs is not None:
-            sampled = torch.as_tensor(np.concatenate([batch.old_logprobs[i] for i in part]), device=device)
-            gap = max(gap, float((old - sampled).abs().max()) if len(old) else 0.0)
-            old = sampled if config.correction == "none" else old
-        tokens = PolicyTokens(
-            stats.logprobs,
-            old,
-            stats.entropies,
-            batch.advantages[part].to(device),
-            stats.lengths,
-            sampler_logprobs=sampled,
-        )
-        part_loss, _ = policy_loss(config, tokens, counts)
+        tokens = _policy_tokens(batch, part, stats, config)
+        part_loss, part_figures = policy_loss(config, tokens, counts)
         if part_loss.requires_grad:
             torch.autograd.backward(part_loss)
         if collect:
             collect()
         loss += part_loss.item()
-        entropy += float(stats.entropies.detach().sum())
-    return RolloutPass(
-        loss, entropy / num_tokens if num_tokens else None, gap if batch.old_logprobs is not None else None
+        figures = part_figures if figures is None else figures + part_figures
+        ours = stats.logprobs.detach()
+        if tokens.sampler_logprobs is not None:
+            gap = max(gap, _greatest_gap(ours, tokens.sampler_logprobs))
+        ends = stats.lengths.cumsum(0).tolist()
+        for i, of_row in zip(part, np.split(ours.cpu().numpy(), ends[:-1]), strict=True):
+            logprobs[i] = of_row
+    return RolloutPass(loss, figures, None if batch.engine_logprobs is None else gap, logprobs)
+
+
+def _policy_tokens(
+    batch: RolloutBatch, part: Sequence[int], stats: TokenStats, config: TrainConfig
+) -> PolicyTokens:
+    device = stats.logprobs.device
+    engine, trainer = (
+        None if known is None else torch.as_tensor(np.concatenate([known[i] for i in part]), device=device)
+        for known in (batch.engine_logprobs, batch.trainer_logprobs)
     )
+    old = stats.logprobs.detach() if trainer is None else trainer
+    if engine is not None and config.correction == "none":
+        old = engine
+    return PolicyTokens(
+        stats.logprobs,
+        old,
+        stats.entropies,
+        batch.advantages[part].to(device),
+        stats.lengths,
+        sampler_logprobs=engine,
+        is_expert=None if batch.is_expert is None else batch.is_expert[part].to(device),
+        hint_lengths=None if batch.hint_lengths is None else batch.hint_lengths[part].to(device),
+    )
+
+
+def _counts(batch: RolloutBatch) -> BatchCounts:
+    num_tokens = sum(len(completion) for _, completion in batch.rows)
+    num_hint_tokens = 0 if batch.hint_lengths is None else int(batch.hint_lengths.sum())
+    return BatchCounts(len(batch.rows), num_tokens - num_hint_tokens, batch.max_tokens, num_hint_tokens)
+
+
+def _greatest_gap(ours: Tensor, engine: Tensor) -> float:
+    gaps = (ours - engine)[~engine.isnan()].abs()  # nobody sampled experts' and hints' tokens
+    return float(gaps.max()) if len(gaps) else 0.0
 
 
 def backward_clips(

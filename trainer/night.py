@@ -15,6 +15,7 @@ import pyarrow as pa
 from pipeline import schema
 from pipeline.config import EngineConfig, MiningConfig, SamplingConfig, TrainConfig, VerifyConfig
 from pipeline.engines.transformers import TransformersEngine
+from pipeline.experts import experts_of
 from pipeline.forgotten import Forgotten
 from pipeline.hashing import content_id
 from pipeline.ingest import ingest
@@ -55,6 +56,7 @@ def train_on_shards(
     policy = policy_of(model_folder, model_name, tokenizer)
     clips = load_clips(shards, policy.tokenizer_hash)
     prompts = Forgotten.of(lake).without(prompts)
+    experts = experts_of(lake, prompts, model_folder, config, sampling)
     training_id = (
         "training-"
         + content_id(
@@ -62,6 +64,7 @@ def train_on_shards(
             policy.weights_hash,
             [clip.clip_id for clip in clips],
             [prompt.prompt_id for prompt in prompts],
+            sorted(expert.rollout_id for known in experts.values() for expert in known),
             [part.model_dump(mode="json") for part in (config, sampling, engine_config)],
         )[:16]
     )
@@ -118,6 +121,7 @@ def train_on_shards(
             policy.policy_version,
             progress,
             rules,
+            experts,
         )
     summary = asdict(result) | {"checkpoint": str(result.checkpoint)}
     partial = done.with_suffix(".partial")

@@ -77,6 +77,7 @@ class LossFigures:
         num_tokens: [] without experts' and hints'.
         num_clipped: [] tokens whose gradient the clip takes.
         ratio_sum: [] of π / π_old.
+        entropy_sum: [] nats.
         kl_sum: [] nats, of the estimated KL(engine ‖ policy as it is now), which on fresh rollouts is the
             mismatch of engine and trainer; None where the engine does not say.
     """
@@ -84,6 +85,7 @@ class LossFigures:
     num_tokens: Tensor
     num_clipped: Tensor
     ratio_sum: Tensor
+    entropy_sum: Tensor
     kl_sum: Tensor | None
 
     def __add__(self, other: LossFigures) -> LossFigures:
@@ -92,6 +94,7 @@ class LossFigures:
             self.num_tokens + other.num_tokens,
             self.num_clipped + other.num_clipped,
             self.ratio_sum + other.ratio_sum,
+            self.entropy_sum + other.entropy_sum,
             self.kl_sum + other.kl_sum if known else None,  # type: ignore[operator]
         )
 
@@ -102,6 +105,11 @@ class LossFigures:
     @property
     def ratio_mean(self) -> float | None:
         return self._mean(self.ratio_sum)
+
+    @property
+    def entropy_mean(self) -> float | None:
+        """Nats per token, at temperature 1."""
+        return self._mean(self.entropy_sum)
 
     @property
     def mismatch_kl(self) -> float | None:
@@ -222,4 +230,5 @@ def _figures(tokens: PolicyTokens, ratios: Tensor, is_clipped: Tensor, own: Tens
     kl = None
     if tokens.sampler_logprobs is not None:
         kl = mismatch_kl(tokens.logprobs.detach(), tokens.sampler_logprobs)[own].sum()
-    return LossFigures(own.sum(), (is_clipped & own).sum(), ratios[own].sum(), kl)
+    entropy = tokens.entropies.detach()[own].sum()
+    return LossFigures(own.sum(), (is_clipped & own).sum(), ratios[own].sum(), entropy, kl)

@@ -144,7 +144,7 @@ def train(
     from pipeline.tokenization import load_tokenizer, tokenizer_hash
     from trainer.night import train_on_shards
 
-    check_night(settings)
+    check_night(settings, lake)
     folder = model_folder(settings.model)
     load_clips(shards, tokenizer_hash(load_tokenizer(folder)))  # bad shards must not cost a new lake
     run = Run("train", settings.night or datetime.now(UTC).date(), "trainer")
@@ -167,4 +167,10 @@ def train(
         print_json(result)
     else:
         click.echo(f"{result['optim_steps']} optimizer steps; checkpoint in {result['checkpoint']}")
-        click.echo(f"EchoClip loss {result['echo_loss_before']} → {result['echo_loss_after']} nats/token")
+        if result["num_skipped"]:
+            click.echo(f"{result['num_skipped']} of them skipped, as their loss or gradient was not finite")
+        if result["echo_loss_before"] is None:
+            click.echo("there were no EchoClips")
+        else:
+            before, after = result["echo_loss_before"], result["echo_loss_after"]
+            click.echo(f"EchoClip loss {before:.4f} → {after:.4f} nats/token")

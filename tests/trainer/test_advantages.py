@@ -3,7 +3,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.errors import ConfigError
 from pipeline.objective_config import ObjectiveConfig
 from trainer.advantages import batch_advantages, group_advantages, has_signal, overlong_share
 
@@ -97,11 +96,6 @@ def test_equal_within_the_tolerance_is_no_signal():
     rewards, groups = torch.tensor([0.5, 0.6, 0.0, 0.3]), torch.tensor([0, 0, 1, 1])
     assert has_signal(rewards, groups, 0.2).tolist() == [False, False, True, True]
     assert has_signal(rewards, groups).tolist() == [True] * 4
-
-
-def test_a_buffer_longer_than_a_completion_is_refused():
-    with pytest.raises(ConfigError, match=r"overlong_buffer_tokens is 11, more than the 10 tokens"):
-        of_batch([1.0, 0.0], [0, 0], [1, 1], objective="dapo", dapo={"overlong_buffer_tokens": 11})
 
 
 def test_luffys_advantages_are_over_all_or_over_the_policys_own_rollouts():

@@ -154,7 +154,7 @@ def our_config(objective, scaled, correction):
     low, high = CLIPS[objective]
     options = {"clip_low": low, "clip_high": high}
     if objective != "dr_grpo":
-        options |= {"scale_rewards": scaled, "advantage_epsilon": TRL_EPSILON}
+        options |= {"scale_rewards": scaled} | ({"advantage_epsilon": TRL_EPSILON} if scaled else {})
     if objective == "dapo":
         options |= {"overlong_penalty": 0.0, "dynamic_sampling": False}  # which TRL has not
     caps = {"correction_cap": correction_cap(correction)} if correction != "none" else {}
