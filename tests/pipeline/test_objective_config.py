@@ -55,8 +55,57 @@ def test_an_objective_reads_its_own_section(objective):
 
 def test_another_objective_on_the_command_line_does_not_drop_the_files_options_in_silence(tmp_path):
     file = tmp_path / "night.toml"
-    file.write_text('[train]\nobjective = "dapo"\ncorrection = "truncated"\n[train.dapo]\nclip_high = 0.3\n')
+    file.write_text(
+        '[train]\nobjective = "dapo"\ncorrection = "truncated"\nupdates_per_batch = 2\n[train.dapo]\nclip_high = 0.3\n'
+    )
     config = load_config(file, {"train": {"correction_cap": 2.0}}).train
     assert (config.options.clip_high, config.correction_cap) == (0.3, 2.0)
     with pytest.raises(ConfigError, match=r"In the options, `train\.dapo\.clip_high` belongs to"):
         load_config(file, {"train": {"objective": "grpo"}})
+
+
+IDLE = {
+    "a correction of tempered rollouts": (
+        {"sampling": {"temperature": 0.7}, "train": {"correction": "truncated"}},
+        r"^In night\.toml, train\.correction is truncated, but .* or set it to none\.$",
+    ),
+    "an epsilon of a deviation that nothing is divided by": (
+        {"train": {"grpo": {"scale_rewards": False, "advantage_epsilon": 1e-4}}},
+        r"^In night\.toml, `train\.grpo\.advantage_epsilon` has no effect, as train\.grpo\.scale_rewards is "
+        r"false\. Change that, or leave the option out\.$",
+    ),
+    "refills without dynamic sampling": (
+        {"train": {"objective": "dapo", "dapo": {"dynamic_sampling": False, "max_refills": 3}}},
+        r"`train\.dapo\.max_refills` has no effect, as train\.dapo\.dynamic_sampling is false",
+    ),
+    "a penalty without a buffer": (
+        {"train": {"objective": "dapo", "dapo": {"overlong_buffer_tokens": 0, "overlong_penalty": 0.5}}},
+        r"`train\.dapo\.overlong_\w+` has no effect, as train\.dapo\.overlong_\w+ is 0",
+    ),
+    "a buffer of more tokens than a completion has": (
+        {
+            "sampling": {"max_tokens": 8},
+            "train": {"objective": "dapo", "dapo": {"overlong_buffer_tokens": 9}},
+        },
+        r"`train\.dapo\.overlong_buffer_tokens` is 9, more than the 8 tokens of a completion\. Lower it, or",
+    ),
+    "a clip of ratios that are 1": (
+        {"sampling": {"top_p": 0.9}, "train": {"objective": "gspo", "gspo": {"clip_low": 0.1}}},
+        r"`train\.gspo\.clip_low` has no effect: in the one update on each batch every ratio is 1\.",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", IDLE)
+def test_an_option_that_another_one_keeps_from_having_an_effect_is_refused(case):
+    values, message = IDLE[case]
+    with pytest.raises(ConfigError, match=message) as refused:
+        validated(NightlyConfig, values, "night.toml")
+    assert "\n" not in str(refused.value)
+
+
+def test_the_same_options_are_taken_where_they_have_an_effect():
+    clipped = {"train": {"objective": "gspo", "gspo": {"clip_low": 0.1}}}
+    assert validated(NightlyConfig, clipped, "night.toml").train.options.clip_low == 0.1
+    again = {"sampling": {"top_p": 0.9}, "train": clipped["train"] | {"updates_per_batch": 2}}
+    assert validated(NightlyConfig, again, "night.toml").train.updates_per_batch == 2
