@@ -27,13 +27,13 @@ verifier_option = click.option("--verifier", help=VERIFIERS)
 def section_options(model: type[BaseModel]) -> Callable[[F], F]:
     """One option for each field of a config section: `clips_per_group` becomes `--clips-per-group`.
 
-    Sections within it are left to the config file.
+    Sections and tables within it are left to the config file.
     """
 
     def decorate(function: F) -> F:
         for name, info in reversed(model.model_fields.items()):
             kind = _plain_type(info.annotation)
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
+            if get_origin(kind) is dict or (isinstance(kind, type) and issubclass(kind, BaseModel)):
                 continue
             flag = "--" + name.replace("_", "-")
             default = "" if info.default is None else f" [{info.default}]"

@@ -161,13 +161,31 @@ class TrainConfig(ObjectiveConfig):
     updates_per_batch: int = Field(1, ge=1, description="optimizer steps on each batch of rollouts")
     prompts_per_step: int = Field(8, ge=1, description="on-policy groups in a step")
     group_size: int = Field(8, ge=2, description="on-policy rollouts per prompt")
-    clips_per_step: int = Field(16, ge=0, description="EchoClips in a step")
+    echo_source: Literal["shards", "online", "both"] = Field(
+        "shards", description="EchoClips mined before, of the groups that a step samples, or both"
+    )
+    clips_per_step: int = Field(16, ge=0, description="EchoClips of shards in a step")
     echo_weight: float = Field(1e-3, ge=0, description="λ, the weight of the EchoClip term")
+    echo_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        {}, description="λ of single models by their name; of others it is echo_weight"
+    )
+    echo_warmup_steps: int = Field(0, ge=0, description="optimizer steps in which λ grows to its value")
+    max_clip_uses: int | None = Field(None, ge=1, description="steps that a clip is used in at most")
+    retire_below_loss: float | None = Field(
+        None, gt=0, description="nats per token; a clip of a smaller loss is not used again"
+    )
+    max_clip_lag: int | None = Field(
+        None, ge=0, description="optimizer steps that a clip may be behind the policy"
+    )
     lr: float = Field(2e-5, gt=0, description="AdamW learning rate")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
     batch_tokens: int = Field(16384, ge=1, description="padded tokens in one forward pass")
     seed: int = Field(0, ge=0, description="order of prompts and clips, and on-policy noise")
+
+    def of_model(self, name: str) -> TrainConfig:
+        """With the λ of the model of this name, if `echo_weights` has one."""
+        return self.model_copy(update={"echo_weight": self.echo_weights.get(name, self.echo_weight)})
 
 
 class MaintainConfig(Section):
@@ -202,7 +220,7 @@ class NightlyConfig(Section):
     @model_validator(mode="after")
     def _refuse_what_nothing_reads(self) -> NightlyConfig:
         known = sampled_logprobs_known("raw", self.sampling)  # the engine that a training samples with
-        why = idle_option(self.train, self.sampling.max_tokens, known)
+        why = idle_option(self.train, self.sampling.max_tokens, self.sampling.temperature, known)
         if why is not None:
             raise PydanticCustomError(REFUSED, why)
         return self

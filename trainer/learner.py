@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -35,12 +35,14 @@ class RolloutPass:
         figures: of all their tokens; None without rollouts.
         logprob_gap: greatest |log π − log π_engine|, nats; None where the engine does not say.
         logprobs: of each row, [T] nats, by the trainer.
+        clip_losses: by row, the mean NLL of those clips that are prefixes of rollouts, nats per token.
     """
 
     loss: float
     figures: LossFigures | None
     logprob_gap: float | None
     logprobs: list[Float32]
+    clip_losses: dict[int, float]
 
 
 def backward_rollouts(
@@ -49,6 +51,8 @@ def backward_rollouts(
     config: TrainConfig,
     temperature: float,
     collect: Callable[[], None] | None = None,
+    clip_tokens: Mapping[int, int] | None = None,
+    clip_weight: float = 0.0,
 ) -> RolloutPass:
     """Add the gradient of the objective's loss to the model's parameters.
 
@@ -58,7 +62,10 @@ def backward_rollouts(
     Args:
         temperature: what the rollouts were sampled at; the loss is that of the tempered policy.
         collect: called after every backward pass.
+        clip_tokens: by row, how many of its first completion tokens are an EchoClip.
+        clip_weight: what each such clip's loss is multiplied by: λ over the step's clips.
     """
+    clip_losses: dict[int, float] = {}
     counts = _counts(batch)
     loss, gap, figures = 0.0, 0.0, None
     logprobs: list[Float32] = [np.zeros(0, dtype=np.float32)] * len(batch.rows)
@@ -71,11 +78,14 @@ def backward_rollouts(
         )
         tokens = _policy_tokens(batch, part, stats, config)
         part_loss, part_figures = policy_loss(config, tokens, counts)
-        if part_loss.requires_grad:
-            torch.autograd.backward(part_loss)
+        echo = _prefix_losses(part, stats, clip_tokens or {})
+        total = part_loss + clip_weight * sum(echo.values())
+        if total.requires_grad:
+            torch.autograd.backward(total)
         if collect:
             collect()
         loss += part_loss.item()
+        clip_losses |= {row: of_clip.item() for row, of_clip in echo.items()}
         figures = part_figures if figures is None else figures + part_figures
         ours = stats.logprobs.detach()
         if tokens.sampler_logprobs is not None:
@@ -83,7 +93,16 @@ def backward_rollouts(
         ends = stats.lengths.cumsum(0).tolist()
         for i, of_row in zip(part, np.split(ours.cpu().numpy(), ends[:-1]), strict=True):
             logprobs[i] = of_row
-    return RolloutPass(loss, figures, None if batch.engine_logprobs is None else gap, logprobs)
+    known_gap = None if batch.engine_logprobs is None else gap
+    return RolloutPass(loss, figures, known_gap, logprobs, clip_losses)
+
+
+def _prefix_losses(
+    part: Sequence[int], stats: TokenStats, clip_tokens: Mapping[int, int]
+) -> dict[int, Tensor]:
+    """By row of `part`, the mean NLL of its completion's first tokens, where those are a clip."""
+    rows = dict(zip(part, stats.logprobs.split(stats.lengths.tolist()), strict=True))  # type: ignore[no-untyped-call]
+    return {row: -rows[row][: clip_tokens[row]].mean() for row in part if row in clip_tokens}
 
 
 def _policy_tokens(
@@ -126,11 +145,13 @@ def backward_clips(
     echo_weight: float,
     batch_tokens: int,
     collect: Callable[[], None] | None = None,
+    num_clips: int | None = None,
 ) -> tuple[float, list[float]]:
     """Add the gradient of λ × the EchoClip loss to the model's parameters.
 
     Args:
         echo_weight: λ; with 0 the losses are computed and no gradient.
+        num_clips: what the sum over the clips is divided by; by default how many they are.
 
     Returns:
         the EchoClip loss before λ, and each clip's mean negative log-likelihood, nats per token.
@@ -143,7 +164,7 @@ def backward_clips(
             stats = completion_logprobs(model, [rows[i] for i in part])
             losses = objectives.clip_losses(stats.logprobs, stats.lengths)
             weights = torch.tensor([clips[i].weight for i in part], device=losses.device)
-            part_loss = objectives.echo_clip_loss(losses, weights, num_clips=len(clips))
+            part_loss = objectives.echo_clip_loss(losses, weights, num_clips=num_clips or len(clips))
         if part_loss.requires_grad:
             torch.autograd.backward(echo_weight * part_loss)
         if collect:

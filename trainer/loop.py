@@ -17,15 +17,18 @@ from pipeline.experts import Expert, check_experts
 from pipeline.logprobs import check_head
 from pipeline.objective_checks import idle_option, sampled_logprobs_known
 from pipeline.records import Prompt
+from pipeline.tokenization import tokenizer_hash
 from trainer import learner
-from trainer.batches import step_batches
 from trainer.checkpoints import save_checkpoint
+from trainer.clip_schedule import ClipSchedule
 from trainer.guard import Guard
 from trainer.metrics import StepMetrics, TrainingResult, open_metrics, write_metrics
+from trainer.online import OnlineClips
 from trainer.optimizer import MasterAdamW
 from trainer.rollout_batch import RolloutBatch, Rollouts, rollout_batch
 from trainer.sampling import Judge, OnRollouts, RolloutSource
 from trainer.step_metrics import step_metrics
+from trainer.update import StepClips, Updater
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,21 +37,19 @@ if TYPE_CHECKING:
 
 OnClipUses: TypeAlias = Callable[[list[tuple[str, int, float]]], None]
 
-CLIP_STREAM = 1
-
 
 @dataclass(frozen=True)
 class _Training:
     """What stays the same over the steps of one training."""
 
-    model: PreTrainedModel
     config: TrainConfig
     sampling: SamplingConfig
     rules: MiningConfig
     logprobs_known: bool
     source: RolloutSource
-    guard: Guard
-    optimizer: MasterAdamW
+    schedule: ClipSchedule
+    online: OnlineClips | None
+    updater: Updater
     on_clip_uses: OnClipUses
 
 
@@ -73,7 +74,7 @@ def train(
     """Train the model in place for `config.optim_steps`, and leave `folder/checkpoint` and `metrics.jsonl`.
 
     Each batch of `prompts_per_step` groups is sampled from the model as it stands, judged, handed out, and
-    learned from in `updates_per_batch` AdamW steps, each beside `clips_per_step` clips. A step takes a prompt
+    learned from in `updates_per_batch` AdamW steps, each beside the clips that are due. A step takes a prompt
     or clip once at most. Without clips this is the objective alone, without prompts supervised learning on
     the clips.
 
@@ -96,9 +97,8 @@ def train(
         FormatError: a clip does not fit the model.
     """
     prompts = list({prompt.prompt_id: prompt for prompt in prompts}.values())
-    logprobs_known = sampled_logprobs_known(engine.logprobs_kind, sampling)
     _check_stock(prompts, clips, config)
-    _check_options(prompts, experts or {}, config, sampling.max_tokens, logprobs_known)
+    _check_options(prompts, experts or {}, config, sampling, engine)
     torch.manual_seed(config.seed)
     policy_model.train(False)  # dropout would set the learner's log-probs apart from the sampler's
     check_head(policy_model)
@@ -106,19 +106,22 @@ def train(
     source = RolloutSource(
         engine, prompts, experts or {}, config, sampling, rules, judge, on_rollouts, training_id
     )
+    finds = OnlineClips(tokenizer, tokenizer_hash(tokenizer), rules, config.group_size, training_id)
+    optimizer = MasterAdamW(policy_model, config.lr, config.weight_decay, config.max_grad_norm)
+    updater = Updater(policy_model, config, sampling.temperature, optimizer, Guard(folder, training_id))
     training = _Training(
-        policy_model,
         config,
         sampling,
         rules,
-        logprobs_known,
+        sampled_logprobs_known(engine.logprobs_kind, sampling),
         source,
-        Guard(folder, training_id),
-        MasterAdamW(policy_model, config.lr, config.weight_decay, config.max_grad_norm),
+        ClipSchedule(() if config.echo_source == "online" else clips, config),
+        None if config.echo_source == "shards" else finds,
+        updater,
         on_clip_uses,
     )
     echo_before = learner.mean_clip_loss(policy_model, clips, config.batch_tokens)
-    steps = _run(training, clips, folder / "metrics.jsonl", start_policy_version, progress)
+    steps = _run(training, folder / "metrics.jsonl", start_policy_version, progress)
     num_good = sum(not step.skipped for step in steps)
     return TrainingResult(
         training_id=training_id,
@@ -128,8 +131,8 @@ def train(
         reward_before=steps[0].reward_mean if steps else None,
         reward_after=steps[-1].reward_mean if steps else None,
         num_rollouts=source.num_rollouts,
-        num_clip_uses=num_good * min(config.clips_per_step, len(clips)),
-        num_skipped=training.guard.num_skipped,
+        num_clip_uses=training.schedule.num_uses,
+        num_skipped=len(steps) - num_good,
         checkpoint=save_checkpoint(
             policy_model,
             tokenizer,
@@ -143,13 +146,11 @@ def train(
 
 def _run(
     training: _Training,
-    clips: Sequence[Clip],
     metrics_path: Path,
     policy_version: int,
     progress: Callable[[StepMetrics], None] | None,
 ) -> list[StepMetrics]:
     config = training.config
-    clip_order = step_batches(len(clips), config.clips_per_step, config.seed, CLIP_STREAM)
     steps: list[StepMetrics] = []
     with open_metrics(metrics_path) as metrics_file:
         for optim_step in range(config.optim_steps):
@@ -157,14 +158,46 @@ def _run(
             if optim_step % config.updates_per_batch == 0:
                 rollouts = training.source.sample(optim_step, policy_version)
                 batch = _batch(training, rollouts)
-            due = [clips[i] for i in next(clip_order)]
-            metrics, batch = _update(training, rollouts, batch, due, optim_step, policy_version, started)
-            policy_version += not metrics.skipped
+                found = training.online.of(rollouts) if training.online else []
+            clips = _step_clips(training, batch, found, policy_version)
+            update = training.updater.update(batch, clips, optim_step)
+            if not update.skipped:
+                _note_uses(training, clips, update.clip_losses, optim_step)
+            metrics = step_metrics(
+                rollouts, batch, clips.clips, update, config, training.rules,
+                optim_step=optim_step, policy_version=policy_version, started=started,
+                num_retired=training.schedule.num_retired(policy_version),
+            )  # fmt: skip
+            if batch.trainer_logprobs is None:
+                batch = replace(batch, trainer_logprobs=update.rl.logprobs)
+            policy_version += not update.skipped
             write_metrics(metrics_file, metrics)
             steps.append(metrics)
             if progress:
                 progress(metrics)
     return steps
+
+
+def _step_clips(
+    training: _Training,
+    batch: RolloutBatch,
+    found: Sequence[tuple[Clip, tuple[int, int]]],
+    policy_version: int,
+) -> StepClips:
+    """The clips of one step, of shards and of its own batch, as far as they are due."""
+    row_of = {place: row for row, place in enumerate(batch.places)}
+    rows = {clip.clip_id: row_of.get(place) for clip, place in found}
+    due = training.schedule.due((clip for clip, _ in found), policy_version)
+    clips = [*training.schedule.deal(policy_version), *due]
+    return StepClips(clips, [rows.get(clip.clip_id) for clip in clips])
+
+
+def _note_uses(training: _Training, clips: StepClips, losses: Sequence[float], optim_step: int) -> None:
+    training.schedule.used(clips.clips, losses)
+    if clips.clips:
+        training.on_clip_uses(
+            [(clip.clip_id, optim_step, value) for clip, value in zip(clips.clips, losses, strict=True)]
+        )
 
 
 def _batch(training: _Training, rollouts: Rollouts) -> RolloutBatch:
@@ -177,56 +210,16 @@ def _batch(training: _Training, rollouts: Rollouts) -> RolloutBatch:
     )
 
 
-def _update(
-    training: _Training,
-    rollouts: Rollouts,
-    batch: RolloutBatch,
-    clips: Sequence[Clip],
-    optim_step: int,
-    policy_version: int,
-    started: float,
-) -> tuple[StepMetrics, RolloutBatch]:
-    """One optimizer step, unless its loss is not finite; and the batch as the next update on it needs it."""
-    config, optimizer = training.config, training.optimizer
-    rl = learner.backward_rollouts(
-        training.model, batch, config, training.sampling.temperature, optimizer.collect
-    )
-    rl_grad_norm = optimizer.set_aside()
-    echo_loss, clip_losses = learner.backward_clips(
-        training.model, clips, config.echo_weight, config.batch_tokens, optimizer.collect
-    )
-    echo_grad_norm = optimizer.norm()
-    losses = {
-        "loss": rl.loss + config.echo_weight * echo_loss,
-        "rl_loss": rl.loss,
-        "echo_loss": echo_loss,
-        "grad_norm": optimizer.clip(),
-        "rl_grad_norm": rl_grad_norm,
-        "echo_grad_norm": echo_grad_norm,
-    }
-    skipped = training.guard.refuses(optim_step, losses, batch, clips)
-    if skipped:
-        optimizer.drop()
-    else:
-        optimizer.step()
-    if clips and not skipped:
-        training.on_clip_uses(
-            [(clip.clip_id, optim_step, value) for clip, value in zip(clips, clip_losses, strict=True)]
-        )
-    metrics = step_metrics(
-        rollouts, batch, clips, rl, losses, config, training.rules,
-        optim_step=optim_step, policy_version=policy_version, skipped=skipped, started=started,
-    )  # fmt: skip
-    if batch.trainer_logprobs is None:
-        batch = replace(batch, trainer_logprobs=rl.logprobs)
-    return metrics, batch
-
-
 def _check_stock(prompts: Sequence[Prompt], clips: Sequence[Clip], config: TrainConfig) -> None:
     if config.optim_steps and not prompts and not (clips and config.clips_per_step):
         raise ConfigError(
             "There are neither prompts nor clips to train on. "
             "Give prompts, mine clips, or set train.optim_steps to 0."
+        )
+    if config.echo_source != "shards" and not prompts:
+        raise ConfigError(
+            f"train.echo_source is {config.echo_source}, and there are no prompts to sample groups of. "
+            "Give prompts, or take clips of shards."
         )
 
 
@@ -234,11 +227,17 @@ def _check_options(
     prompts: Sequence[Prompt],
     experts: Mapping[str, Sequence[Expert]],
     config: TrainConfig,
-    max_tokens: int,
-    logprobs_known: bool,
+    sampling: SamplingConfig,
+    engine: Engine,
 ) -> None:
-    why = idle_option(config, max_tokens, logprobs_known)
+    known = sampled_logprobs_known(engine.logprobs_kind, sampling)
+    why = idle_option(config, sampling.max_tokens, sampling.temperature, known)
     if why is not None:
         raise ConfigError(f"{why}.")
     if config.optim_steps and prompts:
         check_experts(experts, prompts, config.objective)
+    if config.echo_source != "shards" and engine.entropy_kind is None:
+        raise ConfigError(
+            f"train.echo_source is {config.echo_source}, but the engine tells no entropies, by which clips "
+            "are found. Sample with another engine, or take clips of shards."
+        )

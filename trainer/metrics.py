@@ -53,7 +53,9 @@ class StepMetrics:
         zero_advantage_share: share of the groups with equal rewards, whose advantages are all 0.
         echo_loss: before λ; None without clips.
         loss, rl_loss, echo_loss, grad_norm: None where they are not finite, and the step was skipped.
-        grad_norm: before clipping; rl_grad_norm and echo_grad_norm are those of its two terms.
+        echo_weight: λ of this step.
+        grad_norm: before clipping; rl_grad_norm and echo_grad_norm are those of its two terms, None where one
+            pass over the rollouts gave both.
         clip_share: share of the tokens whose ratio the objective clips.
         ratio_mean: of π / π_old over the tokens.
         mismatch_kl: estimated KL(engine ‖ trainer), nats per token.
@@ -73,6 +75,7 @@ class StepMetrics:
     zero_advantage_share: float | None
     rl_loss: float | None
     echo_loss: float | None
+    echo_weight: float
     loss: float | None
     grad_norm: float | None
     rl_grad_norm: float | None
@@ -87,6 +90,8 @@ class StepMetrics:
     num_completion_tokens: int
     num_expert_tokens: int
     num_hint_tokens: int
+    num_clips: int
+    num_retired_clips: int
     num_clip_tokens: int
     seconds: float
     tokens_per_second: float

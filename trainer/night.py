@@ -55,6 +55,7 @@ def train_on_shards(
     tokenizer = load_tokenizer(model_folder)
     policy = policy_of(model_folder, model_name, tokenizer)
     clips = load_clips(shards, policy.tokenizer_hash)
+    config = config.of_model(model_name)
     prompts = Forgotten.of(lake).without(prompts)
     experts = experts_of(lake, prompts, model_folder, config, sampling)
     training_id = (

@@ -45,6 +45,7 @@ class RolloutBatch:
         rows: R pairs of prompt ids and completion ids; a hint is part of its completion.
         advantages: [R] float32, on the CPU.
         max_tokens: what a completion may have at most, as sampled.
+        places: of each row, the indices of its group and its sample; −1 for an expert's.
         engine_logprobs: R arrays [T], what each token was sampled with, NaN where nobody sampled it; None
             where the engine cannot say.
         trainer_logprobs: R arrays [T], by the trainer, under the weights that sampled; None in the first
@@ -56,6 +57,7 @@ class RolloutBatch:
     rows: list[Row]
     advantages: Tensor
     max_tokens: int
+    places: list[tuple[int, int]]
     engine_logprobs: list[Float32] | None = None
     trainer_logprobs: list[Float32] | None = None
     is_expert: Tensor | None = None
@@ -68,14 +70,14 @@ class _Columns:
 
     rows: list[Row] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
-    group_index: list[int] = field(default_factory=list)
+    places: list[tuple[int, int]] = field(default_factory=list)
     logprobs: list[Float32 | None] = field(default_factory=list)
     is_expert: list[bool] = field(default_factory=list)
     hint_lengths: list[int] = field(default_factory=list)
 
     def add(
         self,
-        index: int,
+        place: tuple[int, int],
         prompt_ids: Int32,
         completion_ids: Int32,
         reward: float,
@@ -88,7 +90,7 @@ class _Columns:
         hint_ids = prompt_ids[prompt_tokens:]
         self.rows.append((prompt_ids[:prompt_tokens], np.concatenate((hint_ids, completion_ids))))
         self.rewards.append(reward)
-        self.group_index.append(index)
+        self.places.append(place)
         if logprobs is not None and hint_tokens:
             logprobs = np.concatenate((np.full(hint_tokens, np.nan, dtype=np.float32), logprobs))
         self.logprobs.append(logprobs)
@@ -117,16 +119,16 @@ def rollout_batch(
         hint_tokens = rollouts.hint_tokens[index]
         for sample, reward in zip(group.samples, rewards, strict=True):
             ids = group.prompt_ids, sample.completion_ids
-            columns.add(index, *ids, reward, sample.logprobs, hint_tokens)
+            columns.add((index, sample.sample_index), *ids, reward, sample.logprobs, hint_tokens)
         for expert in rollouts.experts[index]:
             unsampled = np.full(len(expert.completion_ids), np.nan, dtype=np.float32)
             ids = group.prompt_ids, expert.completion_ids
-            columns.add(index, *ids, expert.reward, unsampled, is_expert=True)
+            columns.add((index, -1), *ids, expert.reward, unsampled, is_expert=True)
     is_expert = torch.tensor(columns.is_expert, dtype=torch.bool)
     advantages, kept = batch_advantages(
         config,
         torch.tensor(columns.rewards, dtype=torch.float64),
-        torch.tensor(columns.group_index, dtype=torch.int64),
+        torch.tensor([group for group, _ in columns.places], dtype=torch.int64),
         torch.tensor([len(completion) for _, completion in columns.rows], dtype=torch.int64),
         max_tokens=max_tokens,
         tolerance=reward_tolerance,
@@ -139,6 +141,7 @@ def rollout_batch(
         rows=[columns.rows[i] for i in chosen],
         advantages=advantages[kept],
         max_tokens=max_tokens,
+        places=[columns.places[i] for i in chosen],
         engine_logprobs=logprobs if logprobs_known and len(logprobs) == len(chosen) else None,
         is_expert=is_expert[kept] if is_expert.any() else None,
         hint_lengths=hints if hints.any() else None,

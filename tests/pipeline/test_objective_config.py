@@ -56,7 +56,8 @@ def test_an_objective_reads_its_own_section(objective):
 def test_another_objective_on_the_command_line_does_not_drop_the_files_options_in_silence(tmp_path):
     file = tmp_path / "night.toml"
     file.write_text(
-        '[train]\nobjective = "dapo"\ncorrection = "truncated"\nupdates_per_batch = 2\n[train.dapo]\nclip_high = 0.3\n'
+        '[train]\nobjective = "dapo"\ncorrection = "truncated"\nupdates_per_batch = 2\n'
+        "[train.dapo]\nclip_high = 0.3\n"
     )
     config = load_config(file, {"train": {"correction_cap": 2.0}}).train
     assert (config.options.clip_high, config.correction_cap) == (0.3, 2.0)
