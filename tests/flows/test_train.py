@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from flows.cli import main
+from pipeline.checks import run_checks
 from pipeline.lake import Lake
 
 OPTIONS = ["--optim-steps", "1", "--prompts-per-step", "2", "--group-size", "2", "--clips-per-step", "2"]
@@ -28,6 +29,35 @@ def test_a_training_says_its_clip_loss_and_keeps_its_rollouts_and_uses(shards, t
     with Lake.open(tmp_path / "own").reader() as reader:
         assert reader.rows("select count(*) as n from rollouts where origin = 'trainer'")[0]["n"] == 4
         assert reader.rows("select count(*) as n from clip_uses")[0]["n"] > 0
+
+
+def test_without_shards_the_clips_are_of_the_trainings_own_rollouts(tmp_path, capfd):
+    options = [
+        "--optim-steps",
+        "2",
+        "--prompts-per-step",
+        "4",
+        "--group-size",
+        "4",
+        "--echo-source",
+        "online",
+    ]
+    capfd.readouterr()
+    assert main(["train", "--lake", str(tmp_path / "own"), *options]) == 0
+    used = capfd.readouterr().out.splitlines()[1]
+    assert re.fullmatch(r"\d+ uses of EchoClips; none of shards", used)
+    with Lake.open(tmp_path / "own").reader() as reader:
+        assert reader.rows("select count(*) as n from clip_uses")[0]["n"] == int(used.split()[0]) > 0
+    assert main(["mine", "--lake", str(tmp_path / "own")]) == 0
+    with Lake.open(tmp_path / "own").reader() as reader:
+        mined = reader.rows("select 'online-' || clip_id as clip_id from echo_clips")
+        used_clips = reader.rows("select distinct clip_id from clip_uses")
+        assert [check for check in run_checks(reader) if check.num_offending] == []
+    assert {row["clip_id"] for row in mined} & {row["clip_id"] for row in used_clips}
+
+
+def test_shards_are_asked_for_where_clips_come_from_them(refused):
+    assert "Give the folder of SHARDS, or --echo-source online" in refused("train", *OPTIONS)
 
 
 def test_an_objective_that_learns_from_experts_needs_some_in_the_lake(refused, shards):
