@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +30,7 @@ class Guard:
     def __init__(self, folder: Path, training_id: str) -> None:
         self._folder, self._training_id = folder / "skipped", training_id
         self._in_a_row = 0
-        self.num_skipped = 0
+        shutil.rmtree(self._folder, ignore_errors=True)  # of a training that was cut off and begins again
 
     def refuses(
         self, optim_step: int, losses: dict[str, float], batch: RolloutBatch, clips: Sequence[Clip]
@@ -45,7 +46,6 @@ class Guard:
             self._in_a_row = 0
             return False
         self._in_a_row += 1
-        self.num_skipped += 1
         path = self._save(optim_step, losses, batch, clips)
         if self._in_a_row == MAX_SKIPPED_IN_A_ROW:
             first = next(name for name, value in losses.items() if not math.isfinite(value))

@@ -166,7 +166,7 @@ def _run(
             metrics = step_metrics(
                 rollouts, batch, clips.clips, update, config, training.rules,
                 optim_step=optim_step, policy_version=policy_version, started=started,
-                num_retired=training.schedule.num_retired(policy_version),
+                num_retired=training.schedule.num_retired(policy_version + (not update.skipped)),
             )  # fmt: skip
             if batch.trainer_logprobs is None:
                 batch = replace(batch, trainer_logprobs=update.rl.logprobs)

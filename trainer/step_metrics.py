@@ -34,7 +34,7 @@ def step_metrics(
     Args:
         policy_version: of the weights before this step's update.
         started: `time.perf_counter()` when the step began.
-        num_retired: clips of the shards that are no longer due.
+        num_retired: clips of the shards that are no longer due after this step.
     """
     seconds = time.perf_counter() - started
     classes = class_shares(rollouts.judgements, config.group_size, rules)

@@ -27,9 +27,13 @@ def broken_at(*batches):
 
 def test_a_step_whose_loss_is_not_finite_is_skipped_counted_and_its_batch_kept(make, tmp_path):
     clips = make.clips(6)
+    stale = tmp_path / "skipped" / "step-000007.json"  # of the same training, killed before
+    stale.parent.mkdir()
+    stale.touch()
     training = Training(make, tmp_path, clips=clips, judge=broken_at(1))
     assert [line["skipped"] for line in training.metrics] == [False, True, False]
     assert training.result.num_skipped == 1
+    assert not stale.exists()
     assert training.result.num_clip_uses == 8
     assert [uses[0][1] for uses in training.clip_uses] == [0, 2]
     bad = training.metrics[1]

@@ -154,6 +154,24 @@ def test_without_clips_it_is_grpo_alone(make, tmp_path):
     assert training.changed()
 
 
+def test_lambda_grows_over_its_warm_up_and_weighs_each_steps_loss(make, tmp_path):
+    config = CONFIG.model_copy(update={"echo_weight": 0.5, "echo_warmup_steps": 2})
+    training = Training(make, tmp_path, clips=make.clips(6), config=config)
+    assert [line["echo_weight"] for line in training.metrics] == [0.25, 0.5, 0.5]
+    for line in training.metrics:
+        assert line["loss"] == pytest.approx(line["rl_loss"] + line["echo_weight"] * line["echo_loss"])
+
+
+def test_clips_that_retire_are_used_no_more_and_the_training_goes_on(make, tmp_path):
+    config = CONFIG.model_copy(update={"optim_steps": 4, "max_clip_uses": 1})
+    training = Training(make, tmp_path, clips=make.clips(6), config=config)
+    assert [line["num_clips"] for line in training.metrics] == [4, 2, 0, 0]
+    assert [line["num_retired_clips"] for line in training.metrics] == [4, 6, 6, 6]
+    assert [len(uses) for uses in training.clip_uses] == [4, 2]
+    assert training.result.num_clip_uses == 6
+    assert training.metrics[2]["echo_loss"] is None
+
+
 def test_only_solved_groups_leave_the_model_as_it_was_without_lambda_and_not_with_it(make, tmp_path):
     def solved(groups):
         return [[Judgement(1.0) for _ in group.samples] for group in groups]
