@@ -109,7 +109,10 @@ def reader(sample_lake, tmp_path_factory) -> Iterator[Reader]:
         every_run = params(sample_lake) | WHOLE_LAKE
         for stage in STAGES:
             reader.materialize(stage, (SQL_FOLDER / f"mining/{stage}.sql").read_text(), every_run)
-        reader.materialize("new_steps", "select rollout_id, step_ends, step_entropies from successes", {})
+        new_steps = (
+            "select rollout_id, step_ends, step_entropies from rollouts join successes using (rollout_id)"
+        )
+        reader.materialize("new_steps", new_steps, {})
         reader.materialize(
             "dump_rows",
             "select row_number() over () as nth_row, group_id, sample_index, reward, group_size, origin, "
