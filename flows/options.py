@@ -25,11 +25,16 @@ verifier_option = click.option("--verifier", help=VERIFIERS)
 
 
 def section_options(model: type[BaseModel]) -> Callable[[F], F]:
-    """One option for each field of a config section: `clips_per_group` becomes `--clips-per-group`."""
+    """One option for each field of a config section: `clips_per_group` becomes `--clips-per-group`.
+
+    Sections and tables within it are left to the config file.
+    """
 
     def decorate(function: F) -> F:
         for name, info in reversed(model.model_fields.items()):
             kind = _plain_type(info.annotation)
+            if get_origin(kind) is dict or (isinstance(kind, type) and issubclass(kind, BaseModel)):
+                continue
             flag = "--" + name.replace("_", "-")
             default = "" if info.default is None else f" [{info.default}]"
             text = f"{info.description}{default if kind is not bool else ''}"

@@ -11,18 +11,18 @@ from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from pipeline.config_keys import nearest_key
+from pipeline.config_section import Section
 from pipeline.delimiters import written_delimiter
 from pipeline.errors import ConfigError
+from pipeline.objective_checks import idle_option, sampled_logprobs_known
+from pipeline.objective_config import REFUSED, ObjectiveConfig, owner_hint
 
 DEFAULT_LAKE = Path("data/lake")
 ARITH_PROMPTS = "arith"
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class SamplingConfig(Section):
@@ -156,20 +156,36 @@ class ExportConfig(Section):
     clips_per_shard: int = Field(4096, ge=1, description="clips in one Parquet file")
 
 
-class TrainConfig(Section):
+class TrainConfig(ObjectiveConfig):
     optim_steps: int = Field(4, ge=0, description="optimizer steps; 0 skips training")
+    updates_per_batch: int = Field(1, ge=1, description="optimizer steps on each batch of rollouts")
     prompts_per_step: int = Field(8, ge=1, description="on-policy groups in a step")
     group_size: int = Field(8, ge=2, description="on-policy rollouts per prompt")
-    clips_per_step: int = Field(16, ge=0, description="EchoClips in a step")
+    echo_source: Literal["shards", "online", "both"] = Field(
+        "shards", description="EchoClips mined before, of the groups that a step samples, or both"
+    )
+    clips_per_step: int = Field(16, ge=0, description="EchoClips of shards in a step")
     echo_weight: float = Field(1e-3, ge=0, description="λ, the weight of the EchoClip term")
+    echo_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        {}, description="λ of single models by their name; of others it is echo_weight"
+    )
+    echo_warmup_steps: int = Field(0, ge=0, description="optimizer steps in which λ grows to its value")
+    max_clip_uses: int | None = Field(None, ge=1, description="steps that a clip is used in at most")
+    retire_below_loss: float | None = Field(
+        None, gt=0, description="nats per token; a clip of a smaller loss is not used again"
+    )
+    max_clip_lag: int | None = Field(
+        None, ge=0, description="optimizer steps that a clip may be behind the policy"
+    )
     lr: float = Field(2e-5, gt=0, description="AdamW learning rate")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
-    clip_low: float = Field(0.2, gt=0, lt=1, description="GRPO ratio clip below 1")
-    clip_high: float = Field(0.2, gt=0, description="GRPO ratio clip above 1")
-    scale_rewards: bool = Field(True, description="divide advantages by the group's deviation")
     batch_tokens: int = Field(16384, ge=1, description="padded tokens in one forward pass")
     seed: int = Field(0, ge=0, description="order of prompts and clips, and on-policy noise")
+
+    def of_model(self, name: str) -> TrainConfig:
+        """With the λ of the model of this name, if `echo_weights` has one."""
+        return self.model_copy(update={"echo_weight": self.echo_weights.get(name, self.echo_weight)})
 
 
 class MaintainConfig(Section):
@@ -200,6 +216,14 @@ class NightlyConfig(Section):
     export: ExportConfig = Field(default_factory=ExportConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     maintain: MaintainConfig = Field(default_factory=MaintainConfig)
+
+    @model_validator(mode="after")
+    def _refuse_what_nothing_reads(self) -> NightlyConfig:
+        known = sampled_logprobs_known("raw", self.sampling)  # the engine that a training samples with
+        why = idle_option(self.train, self.sampling.max_tokens, self.sampling.temperature, known)
+        if why is not None:
+            raise PydanticCustomError(REFUSED, why)
+        return self
 
 
 ConfigT = TypeVar("ConfigT", bound=Section)
@@ -235,8 +259,10 @@ def validated(model: type[ConfigT], values: dict[str, Any], where: str) -> Confi
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            near = nearest_key(model, first["loc"])
-            raise ConfigError(f"Unknown config key `{key}` in {where}: {near}") from None
+            meant = owner_hint(first["loc"]) or nearest_key(model, first["loc"])
+            raise ConfigError(f"Unknown config key `{key}` in {where}: {meant}") from None
+        if first["type"] == REFUSED:
+            raise ConfigError(f"In {where}, {first['msg']}.") from None
         why = first["msg"].removeprefix("Value error, ")
         raise ConfigError(
             f"Config key `{key}` in {where} is {first['input']!r:.80}: {why}. Give a valid value."

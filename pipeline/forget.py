@@ -6,6 +6,7 @@ A snapshot that still held them would keep their bytes, so all older snapshots e
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -115,7 +116,7 @@ def _remembered(found: Forgetting) -> pa.Table:
 
 
 def _tidy_runs(lake: Lake, found: Forgetting) -> list[str]:
-    """Takes the prompts out of what nights left: staged batches and reports; returns the reports deleted."""
+    """Takes the prompts out of what nights left: staged and skipped batches, reports; returns the last."""
     reports = []
     for folder in (lake.folder / "runs").glob("*"):
         for staged in (folder / "staging").glob("*.parquet"):
@@ -127,6 +128,8 @@ def _tidy_runs(lake: Lake, found: Forgetting) -> list[str]:
                 staged.unlink()
             elif kept.num_rows < table.num_rows:
                 write_data_file(kept, staged)
+        for skipped in folder.glob("training-*/skipped"):  # which prompts are in there, no index tells
+            shutil.rmtree(skipped)
         notes = read_notes(folder)
         for report in folder.glob("report*.html") if folder.name in found.runs else ():
             report.unlink()

@@ -58,6 +58,17 @@ COLUMNS = {
     "quarantine": "row",
 }
 
+# A training names a clip of its own rollouts after the rollout and its length, as a mining does.
+_ONLINE_USES = """
+    select clip_uses.clip_id as value
+    from clip_uses
+    where clip_uses.clip_id in (
+        select 'online-' || md5(rollout_id || ':' || unnest(range(1, len(completion_ids) + 1)))
+        from rollouts
+        where origin = 'trainer' and rollout_id in (select meant_rollouts.rollout_id from meant_rollouts)
+    )
+"""
+
 
 def find(lake: Lake, names: list[str]) -> Forgetting:
     """What the lake holds of prompts, and what is to be remembered of them.
@@ -130,13 +141,14 @@ def _add_lake(reader: Reader, found: Forgetting) -> None:
     in_clips = "from echo_clips where rollout_id in (select meant_rollouts.rollout_id from meant_rollouts)"
     found.clips = clips_by_mining(reader, f"select mining_id, clip_id {in_clips}")
     clips = {clip for ids in found.clips.values() for clip in ids}
+    online = _values(reader, _ONLINE_USES)
     found.keys = {
         **dict.fromkeys(("rollouts", "verdicts", "scorings", "echo_clips"), rollouts),
-        "clip_uses": clips,
+        "clip_uses": clips | online,
         "prompts": found.prompt_ids,
         "quarantine": _quarantined(reader, found),
     }
-    used = f"clip_id in (select clip_id {in_clips})"
+    used = f"clip_id in (select clip_id {in_clips}) or clip_id in (select value from ({_ONLINE_USES}))"
     trainings = _values(reader, f"select distinct training_id as value from clip_uses where {used}")
     found.trainings = sorted(trainings)
     found.runs = sorted(_values(reader, "select distinct run_id as value from meant_rollouts"))

@@ -36,7 +36,7 @@ class TokenStats:
 
     Attributes:
         logprobs: [N] nats, differentiable.
-        entropies: [N] nats, at temperature 1, detached.
+        entropies: [N] nats, at temperature 1, detached unless gradients through them were asked for.
         lengths: [R] int64, completion tokens of each row.
     """
 
@@ -89,6 +89,7 @@ def completion_logprobs(
     *,
     temperature: float = 1.0,
     precise: bool = False,
+    differentiable_entropies: bool = False,
 ) -> TokenStats:
     """Teacher-forced log-probs and entropies of each row's completion tokens, in one forward pass.
 
@@ -97,6 +98,7 @@ def completion_logprobs(
 
     Args:
         precise: see `last_states`.
+        differentiable_entropies: see `token_logprobs_and_entropies`.
 
     Raises:
         FormatError: a row without prompt tokens, longer than the model's context, or with foreign ids.
@@ -111,7 +113,14 @@ def completion_logprobs(
     states = last_states(model, input_ids, precise=precise, use_cache=False).flatten(0, 1)
     predicting_states = states.index_select(0, torch.as_tensor(predicting, device=model.device))
     targets = np.concatenate([completion for _, completion in rows])
-    return head_stats(model, predicting_states, targets, lengths, temperature=temperature)
+    return head_stats(
+        model,
+        predicting_states,
+        targets,
+        lengths,
+        temperature=temperature,
+        differentiable_entropies=differentiable_entropies,
+    )
 
 
 def last_states(
@@ -142,6 +151,7 @@ def head_stats(
     lengths: NDArray[np.int64],
     *,
     temperature: float = 1.0,
+    differentiable_entropies: bool = False,
 ) -> TokenStats:
     """What the output embedding makes of [N, H] states, each of which predicts one of N targets."""
     head, _ = _head_and_decoder(model)
@@ -151,6 +161,7 @@ def head_stats(
         torch.as_tensor(targets.astype(np.int64), device=states.device),
         bias=getattr(head, "bias", None),
         temperature=temperature,
+        differentiable_entropies=differentiable_entropies,
     )
     return TokenStats(logprobs, entropies, torch.as_tensor(lengths, device=states.device))
 

@@ -9,6 +9,8 @@ from safetensors import SafetensorError, safe_open
 from pipeline.config import NightlyConfig
 from pipeline.engines.choice import check_engine
 from pipeline.errors import ModelError, said
+from pipeline.experts import TAUGHT_BY_EXPERTS, experts_of
+from pipeline.lake import Lake
 from pipeline.models import check_fit, model_folder
 from pipeline.prompts import read_prompts
 from pipeline.rewards import VerifierPool
@@ -16,14 +18,21 @@ from pipeline.tokenization import load_tokenizer
 from pipeline.verifiers import BUILT_IN, check_name
 
 
-def check_night(config: NightlyConfig) -> None:
-    """Raises an EchoMineError if the prompts, engine, model, its tokenizer or the verifier cannot be used."""
+def check_night(config: NightlyConfig, lake: Path | None = None) -> None:
+    """Raises an EchoMineError if the prompts, engine, model, its tokenizer or the verifier cannot be used.
+
+    Args:
+        lake: where the training that follows finds experts, if its objective learns from them; None where no
+            training follows.
+    """
     check_name(config.verify.verifier)
-    read_prompts(config.prompts, config.max_prompts)
+    prompts = read_prompts(config.prompts, config.max_prompts)
     check_engine(config.engine)
     folder = model_folder(config.model)
     check_fit(folder, load_tokenizer(folder))
     check_weights(folder)
+    if lake is not None and config.train.objective in TAUGHT_BY_EXPERTS:
+        experts_of(Lake.open(lake), prompts, folder, config.train, config.sampling)
     if config.verify.verifier not in BUILT_IN:
         # a process of its own imports it, as it will tonight
         with VerifierPool(config.verify):

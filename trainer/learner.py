@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.config import SamplingConfig, TrainConfig
-from pipeline.logprobs import Row, completion_logprobs
-from pipeline.records import Float32, Group, Judgement
+from pipeline.config import TrainConfig
+from pipeline.logprobs import Row, TokenStats, completion_logprobs
+from pipeline.records import Float32
 from trainer import objectives
 from trainer.batches import micro_batches
+from trainer.policy_loss import BatchCounts, LossFigures, PolicyTokens, needs_entropy_gradient, policy_loss
+from trainer.rollout_batch import RolloutBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,69 +28,21 @@ MAX_MEASURED_CLIPS = 256
 
 
 @dataclass(frozen=True)
-class RolloutBatch:
-    """The R rollouts that a step learns from: those of whole groups, zero-advantage groups included.
+class RolloutPass:
+    """What one pass over the rollouts gave.
 
     Attributes:
-        rows: R pairs of prompt ids and completion ids.
-        advantages: [R] float32, on the CPU.
-        old_logprobs: R arrays [T], what each token was sampled with; None where the engine cannot say, and
-            the policy is taken as it is: ratio 1, right for the first update on fresh rollouts.
+        figures: of all their tokens; None without rollouts.
+        logprob_gap: greatest |log π − log π_engine|, nats; None where the engine does not say.
+        logprobs: of each row, [T] nats, by the trainer.
+        clip_losses: by row, the mean NLL of those clips that are prefixes of rollouts, nats per token.
     """
 
-    rows: list[Row]
-    advantages: Tensor
-    old_logprobs: list[Float32] | None
-
-
-@dataclass(frozen=True)
-class RolloutPass:
-    """Attributes: loss; entropy_mean (nats per completion token, at temperature 1; None without tokens);
-    logprob_gap: greatest |log π − log π_old|, nats (None where π_old is not known)."""
-
     loss: float
-    entropy_mean: float | None
+    figures: LossFigures | None
     logprob_gap: float | None
-
-
-def sampled_logprobs_known(logprobs_kind: str, sampling: SamplingConfig) -> bool:
-    """Whether an engine's log-probs are those of the whole distribution at the sampling temperature."""
-    truncated = sampling.top_p < 1 or sampling.top_k > 0
-    return not truncated and (logprobs_kind == "processed" or sampling.temperature == 1)
-
-
-def rollout_batch(
-    groups: Sequence[Group],
-    judgements: Sequence[Sequence[Judgement]],
-    config: TrainConfig,
-    *,
-    logprobs_known: bool,
-    reward_tolerance: float = objectives.REWARD_TOLERANCE,
-) -> RolloutBatch:
-    """The rollouts of every group that was judged in full; a group that lost one gives no gradient."""
-    rows: list[Row] = []
-    rewards: list[float] = []
-    group_index: list[int] = []
-    old: list[Float32 | None] = []
-    for index, (group, judged) in enumerate(zip(groups, judgements, strict=True)):
-        of_group = [judgement.reward for judgement in judged if judgement.reward is not None]
-        if len(of_group) < config.group_size or len(group.samples) != len(of_group):
-            continue
-        rows += [(group.prompt_ids, sample.completion_ids) for sample in group.samples]
-        old += [sample.logprobs for sample in group.samples]
-        rewards += of_group
-        group_index += [index] * len(of_group)
-    known = [logprobs for logprobs in old if logprobs is not None]
-    return RolloutBatch(
-        rows=rows,
-        advantages=objectives.group_advantages(
-            torch.tensor(rewards, dtype=torch.float64),
-            torch.tensor(group_index, dtype=torch.int64),
-            config.scale_rewards,
-            reward_tolerance,
-        ),
-        old_logprobs=known if logprobs_known and len(known) == len(old) else None,
-    )
+    logprobs: list[Float32]
+    clip_losses: dict[int, float]
 
 
 def backward_rollouts(
@@ -97,40 +51,92 @@ def backward_rollouts(
     config: TrainConfig,
     temperature: float,
     collect: Callable[[], None] | None = None,
+    clip_tokens: Mapping[int, int] | None = None,
+    clip_weight: float = 0.0,
 ) -> RolloutPass:
-    """Add the gradient of the GRPO loss to the model's parameters.
+    """Add the gradient of the objective's loss to the model's parameters.
+
+    π_old is what the engine says, or, with a correction, which weighs the tokens by what the engine says,
+    what the trainer found in its first update on the batch.
 
     Args:
         temperature: what the rollouts were sampled at; the loss is that of the tempered policy.
         collect: called after every backward pass.
+        clip_tokens: by row, how many of its first completion tokens are an EchoClip.
+        clip_weight: what each such clip's loss is multiplied by: λ over the step's clips.
     """
-    device = model.device
-    loss, entropy, num_tokens, gap = 0.0, 0.0, 0, 0.0
+    clip_losses: dict[int, float] = {}
+    counts = _counts(batch)
+    loss, gap, figures = 0.0, 0.0, None
+    logprobs: list[Float32] = [np.zeros(0, dtype=np.float32)] * len(batch.rows)
     for part in micro_batches([_tokens(row) for row in batch.rows], config.batch_tokens):
-        stats = completion_logprobs(model, [batch.rows[i] for i in part], temperature=temperature)
-        old = stats.logprobs.detach()
-        if batch.old_logprobs is not None:
-            old = torch.as_tensor(np.concatenate([batch.old_logprobs[i] for i in part]), device=device)
-            gap = max(gap, float((stats.logprobs.detach() - old).abs().max()) if len(old) else 0.0)
-        part_loss = objectives.grpo_loss(
-            stats.logprobs,
-            old,
-            batch.advantages[part].to(device),
-            stats.lengths,
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
-            num_rollouts=len(batch.rows),
+        stats = completion_logprobs(
+            model,
+            [batch.rows[i] for i in part],
+            temperature=temperature,
+            differentiable_entropies=needs_entropy_gradient(config),
         )
-        if part_loss.requires_grad:
-            torch.autograd.backward(part_loss)
+        tokens = _policy_tokens(batch, part, stats, config)
+        part_loss, part_figures = policy_loss(config, tokens, counts)
+        echo = _prefix_losses(part, stats, clip_tokens or {})
+        total = part_loss + clip_weight * sum(echo.values())
+        if total.requires_grad:
+            torch.autograd.backward(total)
         if collect:
             collect()
         loss += part_loss.item()
-        entropy += float(stats.entropies.sum())
-        num_tokens += len(stats.entropies)
-    return RolloutPass(
-        loss, entropy / num_tokens if num_tokens else None, gap if batch.old_logprobs is not None else None
+        clip_losses |= {row: of_clip.item() for row, of_clip in echo.items()}
+        figures = part_figures if figures is None else figures + part_figures
+        ours = stats.logprobs.detach()
+        if tokens.sampler_logprobs is not None:
+            gap = max(gap, _greatest_gap(ours, tokens.sampler_logprobs))
+        ends = stats.lengths.cumsum(0).tolist()
+        for i, of_row in zip(part, np.split(ours.cpu().numpy(), ends[:-1]), strict=True):
+            logprobs[i] = of_row
+    known_gap = None if batch.engine_logprobs is None else gap
+    return RolloutPass(loss, figures, known_gap, logprobs, clip_losses)
+
+
+def _prefix_losses(
+    part: Sequence[int], stats: TokenStats, clip_tokens: Mapping[int, int]
+) -> dict[int, Tensor]:
+    """By row of `part`, the mean NLL of its completion's first tokens, where those are a clip."""
+    rows = dict(zip(part, stats.logprobs.split(stats.lengths.tolist()), strict=True))  # type: ignore[no-untyped-call]
+    return {row: -rows[row][: clip_tokens[row]].mean() for row in part if row in clip_tokens}
+
+
+def _policy_tokens(
+    batch: RolloutBatch, part: Sequence[int], stats: TokenStats, config: TrainConfig
+) -> PolicyTokens:
+    device = stats.logprobs.device
+    engine, trainer = (
+        None if known is None else torch.as_tensor(np.concatenate([known[i] for i in part]), device=device)
+        for known in (batch.engine_logprobs, batch.trainer_logprobs)
     )
+    old = stats.logprobs.detach() if trainer is None else trainer
+    if engine is not None and config.correction == "none":
+        old = engine
+    return PolicyTokens(
+        stats.logprobs,
+        old,
+        stats.entropies,
+        batch.advantages[part].to(device),
+        stats.lengths,
+        sampler_logprobs=engine,
+        is_expert=None if batch.is_expert is None else batch.is_expert[part].to(device),
+        hint_lengths=None if batch.hint_lengths is None else batch.hint_lengths[part].to(device),
+    )
+
+
+def _counts(batch: RolloutBatch) -> BatchCounts:
+    num_tokens = sum(len(completion) for _, completion in batch.rows)
+    num_hint_tokens = 0 if batch.hint_lengths is None else int(batch.hint_lengths.sum())
+    return BatchCounts(len(batch.rows), num_tokens - num_hint_tokens, batch.max_tokens, num_hint_tokens)
+
+
+def _greatest_gap(ours: Tensor, engine: Tensor) -> float:
+    gaps = (ours - engine)[~engine.isnan()].abs()  # nobody sampled experts' and hints' tokens
+    return float(gaps.max()) if len(gaps) else 0.0
 
 
 def backward_clips(
@@ -139,11 +145,13 @@ def backward_clips(
     echo_weight: float,
     batch_tokens: int,
     collect: Callable[[], None] | None = None,
+    num_clips: int | None = None,
 ) -> tuple[float, list[float]]:
     """Add the gradient of λ × the EchoClip loss to the model's parameters.
 
     Args:
         echo_weight: λ; with 0 the losses are computed and no gradient.
+        num_clips: what the sum over the clips is divided by; by default how many they are.
 
     Returns:
         the EchoClip loss before λ, and each clip's mean negative log-likelihood, nats per token.
@@ -156,7 +164,7 @@ def backward_clips(
             stats = completion_logprobs(model, [rows[i] for i in part])
             losses = objectives.clip_losses(stats.logprobs, stats.lengths)
             weights = torch.tensor([clips[i].weight for i in part], device=losses.device)
-            part_loss = objectives.echo_clip_loss(losses, weights, num_clips=len(clips))
+            part_loss = objectives.echo_clip_loss(losses, weights, num_clips=num_clips or len(clips))
         if part_loss.requires_grad:
             torch.autograd.backward(echo_weight * part_loss)
         if collect:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +26,7 @@ class TrainingResult:
             token; None without clips.
         reward_before, reward_after: mean reward of the first and the last step's rollouts; None without any.
         num_rollouts: on-policy rollouts sampled.
+        num_skipped: steps whose loss or gradient was not finite.
         checkpoint: the trained model's folder.
     """
 
@@ -36,35 +38,60 @@ class TrainingResult:
     reward_after: float | None
     num_rollouts: int
     num_clip_uses: int
+    num_skipped: int
     checkpoint: Path
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One line of `metrics.jsonl`; rewards are None where no rollout of the step was judged.
+    """One line of `metrics.jsonl`, explained in docs/training.md; None is what a step does not have.
 
     Attributes:
-        policy_version: of the weights that sampled, before this step's update.
+        policy_version: of the weights that sampled.
+        policy_lag: optimizer steps taken since, before this one.
         classes: share of the step's groups in each class.
         zero_advantage_share: share of the groups with equal rewards, whose advantages are all 0.
         echo_loss: before λ; None without clips.
-        logprob_gap: greatest difference between the sampler's log-probs and ours, nats.
-        grad_norm: before clipping.
+        loss, rl_loss, echo_loss, grad_norm: None where they are not finite, and the step was skipped.
+        echo_weight: λ of this step.
+        grad_norm: before clipping; rl_grad_norm and echo_grad_norm are those of its two terms, None where one
+            pass over the rollouts gave both.
+        clip_share: share of the tokens whose ratio the objective clips.
+        ratio_mean: of π / π_old over the tokens.
+        mismatch_kl: estimated KL(engine ‖ trainer), nats per token.
         entropy_mean: nats per completion token.
+        logprob_gap: greatest difference between the engine's log-probs and ours, nats.
+        num_refills: batches of prompts that DAPO's dynamic sampling took beyond the first.
+        num_expert_tokens: of LUFFY's expert rollouts in the batch.
+        num_hint_tokens: of UFT's hints in the batch, once per rollout.
     """
 
     optim_step: int
     policy_version: int
+    policy_lag: int
+    skipped: bool
     reward_mean: float | None
     classes: dict[str, float]
     zero_advantage_share: float | None
-    rl_loss: float
+    rl_loss: float | None
     echo_loss: float | None
-    loss: float
-    grad_norm: float
+    echo_weight: float
+    loss: float | None
+    grad_norm: float | None
+    rl_grad_norm: float | None
+    echo_grad_norm: float | None
+    clip_share: float | None
+    ratio_mean: float | None
+    mismatch_kl: float | None
     entropy_mean: float | None
     logprob_gap: float | None
+    num_groups: int
+    num_refills: int
     num_completion_tokens: int
+    num_expert_tokens: int
+    num_hint_tokens: int
+    num_clips: int
+    num_retired_clips: int
     num_clip_tokens: int
     seconds: float
     tokens_per_second: float
@@ -102,6 +129,11 @@ def class_shares(
 def reward_mean(judgements: Sequence[Sequence[Judgement]]) -> float | None:
     rewards = [j.reward for judged in judgements for j in judged if j.reward is not None]
     return sum(rewards) / len(rewards) if rewards else None
+
+
+def finite(value: float | None) -> float | None:
+    """The value, or None where JSON could not say it."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def open_metrics(path: Path) -> TextIO:

@@ -15,6 +15,7 @@ import pyarrow as pa
 from pipeline import schema
 from pipeline.config import EngineConfig, MiningConfig, SamplingConfig, TrainConfig, VerifyConfig
 from pipeline.engines.transformers import TransformersEngine
+from pipeline.experts import experts_of
 from pipeline.forgotten import Forgotten
 from pipeline.hashing import content_id
 from pipeline.ingest import ingest
@@ -35,7 +36,7 @@ def train_on_shards(
     model_folder: Path,
     model_name: str,
     prompts: Sequence[Prompt],
-    shards: Path,
+    shards: Path | None,
     config: TrainConfig,
     sampling: SamplingConfig,
     engine_config: EngineConfig,
@@ -43,7 +44,9 @@ def train_on_shards(
     rules: MiningConfig,
     progress: Callable[[StepMetrics], None] | None = None,
 ) -> dict[str, Any]:
-    """Trains the model on-policy beside the shards' clips. The same training is done once.
+    """Trains the model on-policy beside the shards' clips, or those of its own batches.
+
+    The same training is done once.
 
     Its rollouts enter the lake with origin `trainer`, each clip's use goes to `clip_uses`, and the folder
     `runs/<run>/training-<id>` gets `metrics.jsonl`, `checkpoint/` and `training.json`.
@@ -53,8 +56,10 @@ def train_on_shards(
     """
     tokenizer = load_tokenizer(model_folder)
     policy = policy_of(model_folder, model_name, tokenizer)
-    clips = load_clips(shards, policy.tokenizer_hash)
+    clips = load_clips(shards, policy.tokenizer_hash) if shards else []
+    config = config.of_model(model_name)
     prompts = Forgotten.of(lake).without(prompts)
+    experts = experts_of(lake, prompts, model_folder, config, sampling)
     training_id = (
         "training-"
         + content_id(
@@ -62,7 +67,8 @@ def train_on_shards(
             policy.weights_hash,
             [clip.clip_id for clip in clips],
             [prompt.prompt_id for prompt in prompts],
-            [part.model_dump(mode="json") for part in (config, sampling, engine_config)],
+            sorted(expert.rollout_id for known in experts.values() for expert in known),
+            [part.model_dump(mode="json") for part in (config, sampling, engine_config, rules)],
         )[:16]
     )
     folder = lake.folder / "runs" / run.run_id / training_id
@@ -118,6 +124,7 @@ def train_on_shards(
             policy.policy_version,
             progress,
             rules,
+            experts,
         )
     summary = asdict(result) | {"checkpoint": str(result.checkpoint)}
     partial = done.with_suffix(".partial")

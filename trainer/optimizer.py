@@ -17,6 +17,7 @@ class MasterAdamW:
         self._params = [param for param in model.parameters() if param.requires_grad]
         self._masters = [_master(param) for param in self._params]
         self._max_grad_norm = max_grad_norm
+        self._aside: list[Tensor | None] = []
         model.zero_grad(set_to_none=True)  # what someone else left behind is no part of the first step
         self._adamw = torch.optim.AdamW(
             [
@@ -35,8 +36,33 @@ class MasterAdamW:
             master.grad = grad if master.grad is None else master.grad + grad
             param.grad = None
 
+    def set_aside(self) -> float:
+        """Put what is collected so far by, until `clip`, and begin anew; returns its norm.
+
+        So the next term's gradient has a norm of its own, at the cost of holding two gradients for a while.
+        """
+        self._aside = [master.grad for master in self._masters]
+        norm = self.norm()
+        for master in self._masters:
+            master.grad = None
+        return norm
+
+    def norm(self) -> float:
+        """Of what is collected since the beginning or `set_aside`; 0 if that is nothing."""
+        grads = [master.grad for master in self._masters if master.grad is not None]
+        return float(nn.utils.get_total_norm(grads)) if grads else 0.0
+
+    def drop(self) -> None:
+        """Forget the collected gradients, and leave the model as it is."""
+        self._aside = []
+        self._adamw.zero_grad(set_to_none=True)
+
     def clip(self) -> float:
         """Clip the collected gradients; returns their norm before. 0 if there are none."""
+        for master, aside in zip(self._masters, self._aside, strict=bool(self._aside)):
+            if aside is not None:
+                master.grad = aside if master.grad is None else master.grad + aside
+        self._aside = []
         return float(nn.utils.clip_grad_norm_(self._masters, self._max_grad_norm))
 
     @torch.no_grad()

@@ -117,13 +117,13 @@ def _simulate(
     short_help="Train on-policy beside the EchoClips of shards.",
     example="echomine train data/shards --optim-steps 20 --echo-weight 0.001",
 )
-@click.argument("shards", type=click.Path(path_type=Path))
+@click.argument("shards", type=click.Path(path_type=Path), required=False)
 @model_option
 @prompts_option
 @verifier_option
 @section_options(TrainConfig)
 def train(
-    shards: Path,
+    shards: Path | None,
     lake: Path,
     config: Path | None,
     as_json: bool,
@@ -132,8 +132,13 @@ def train(
     verifier: str | None,
     **options: Any,
 ) -> None:
-    """Train on-policy (GRPO) beside the EchoClips of SHARDS; its rollouts go into the lake."""
+    """Train on-policy beside the EchoClips of SHARDS; its rollouts go into the lake.
+
+    With --echo-source online the clips are of those rollouts, and SHARDS may be left out.
+    """
     settings = load_config(config, {**night_settings(model, prompts, verifier=verifier), "train": options})
+    if shards is None and settings.train.echo_source != "online":
+        raise click.UsageError("Give the folder of SHARDS, or --echo-source online")
     from flows.progress import training_progress
     from pipeline.lake import Lake
     from pipeline.models import model_folder
@@ -144,9 +149,10 @@ def train(
     from pipeline.tokenization import load_tokenizer, tokenizer_hash
     from trainer.night import train_on_shards
 
-    check_night(settings)
+    check_night(settings, lake)
     folder = model_folder(settings.model)
-    load_clips(shards, tokenizer_hash(load_tokenizer(folder)))  # bad shards must not cost a new lake
+    if shards is not None:  # bad ones must not cost a new lake
+        load_clips(shards, tokenizer_hash(load_tokenizer(folder)))
     run = Run("train", settings.night or datetime.now(UTC).date(), "trainer")
     with training_progress(settings.train.optim_steps) as progress:
         result = train_on_shards(
@@ -167,4 +173,10 @@ def train(
         print_json(result)
     else:
         click.echo(f"{result['optim_steps']} optimizer steps; checkpoint in {result['checkpoint']}")
-        click.echo(f"EchoClip loss {result['echo_loss_before']} → {result['echo_loss_after']} nats/token")
+        if result["num_skipped"]:
+            click.echo(f"{result['num_skipped']} of them skipped, as their loss or gradient was not finite")
+        if result["echo_loss_before"] is None:
+            click.echo(f"{result['num_clip_uses']} uses of EchoClips; none of shards")
+        else:
+            before, after = result["echo_loss_before"], result["echo_loss_after"]
+            click.echo(f"EchoClip loss {before:.4f} → {after:.4f} nats/token")

@@ -32,7 +32,7 @@ def nightly(
     from flows import embedded
     from pipeline.preflight import check_night
 
-    check_night(settings)
+    check_night(settings, lake)
     if serve:
         embedded.serve_nightly(settings, lake.absolute(), cron)
         return

@@ -6,12 +6,13 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from pipeline.config import SamplingConfig
 from pipeline.errors import EngineError, PromptError
+from pipeline.prompts import prompt_messages_ids
 from pipeline.records import Group, Int32, Prompt, Sample
 
 _ROUNDING = 1e-3  # nats that a float32 entropy may exceed its bound by
@@ -19,10 +20,15 @@ _ROUNDING = 1e-3  # nats that a float32 entropy may exceed its bound by
 
 @dataclass(frozen=True)
 class GroupRequest:
-    """One prompt to sample `len(seeds)` completions of; `seeds[i]` decides the noise of sample i."""
+    """One prompt to sample `len(seeds)` completions of; `seeds[i]` decides the noise of sample i.
+
+    Attributes:
+        hint_ids: tokens of a solution that stand behind the prompt, and that the completions go on from.
+    """
 
     prompt: Prompt
     seeds: tuple[int, ...]
+    hint_ids: tuple[int, ...] = ()
 
 
 class Engine(Protocol):
@@ -78,6 +84,16 @@ class UpdatableEngine(Engine, Protocol):
             EngineError: the weights do not fit. The engine goes on with those that it had.
         """
         ...
+
+
+def request_ids(tokenizer: Any, request: GroupRequest) -> Int32:
+    """[P] the ids that a request's completions go on from: its prompt's, then its hint's.
+
+    Raises:
+        PromptError: see `prompt_messages_ids`.
+    """
+    prompt = prompt_messages_ids(tokenizer, request.prompt.messages)
+    return np.concatenate((prompt, np.array(request.hint_ids, dtype=np.int32)))
 
 
 def refuse_long_prompts(

@@ -15,12 +15,11 @@ from typing import Any, TypeVar
 import httpx
 
 from pipeline.config import SamplingConfig, ServerConfig
-from pipeline.engines.base import GroupRequest, refuse_long_prompts
+from pipeline.engines.base import GroupRequest, refuse_long_prompts, request_ids
 from pipeline.engines.server_endpoint import Endpoint
 from pipeline.engines.server_pool import Pool
 from pipeline.engines.server_posts import Job
 from pipeline.errors import ConfigError, EngineError
-from pipeline.prompts import prompt_messages_ids
 from pipeline.records import Group
 
 OTHER_FILES = 256  # open files that are no connections of ours
@@ -73,7 +72,7 @@ class ServerEngine:
         """
         if not requests:
             return
-        prompts = [prompt_messages_ids(self.tokenizer, one.prompt.messages) for one in requests]
+        prompts = [request_ids(self.tokenizer, one) for one in requests]
         refuse_long_prompts(requests, prompts, sampling, self.context)
         samples_at_once = self.config.concurrency * max(len(one.seeds) for one in requests)
         client = _client(self.headers, len(self.urls) * samples_at_once)

@@ -12,9 +12,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from pipeline.config import SamplingConfig
-from pipeline.engines.base import GroupRequest, check_sample, refuse_long_prompts
+from pipeline.engines.base import GroupRequest, check_sample, refuse_long_prompts, request_ids
 from pipeline.engines.sampling import DrawRule, draw, noise
-from pipeline.prompts import prompt_messages_ids
 from pipeline.records import Group, Int32, Sample
 from pipeline.tokenization import completion_text
 
@@ -54,7 +53,7 @@ class TransformersEngine:
     @torch.inference_mode()
     def generate(self, requests: Sequence[GroupRequest], sampling: SamplingConfig) -> Iterator[Group]:
         """See `Engine.generate`. Rows leave their batch as they finish."""
-        prompts = [prompt_messages_ids(self.tokenizer, request.prompt.messages) for request in requests]
+        prompts = [request_ids(self.tokenizer, request) for request in requests]
         context = getattr(self.model.config, "max_position_embeddings", None)
         refuse_long_prompts(requests, prompts, sampling, context)
         was_training = self.model.training

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import EngineConfig, SamplingConfig
-from pipeline.engines.base import GroupRequest, refuse_long_prompts
+from pipeline.engines.base import GroupRequest, refuse_long_prompts, request_ids
 from pipeline.engines.vllm_core import VllmCore
 from pipeline.errors import EngineError
-from pipeline.prompts import prompt_messages_ids
 from pipeline.records import Group
 
 
@@ -47,7 +46,7 @@ class VllmEngine:
         Raises:
             EngineError: an engine died more often than `engine.vllm.max_restarts` allows.
         """
-        prompts = [prompt_messages_ids(self.tokenizer, request.prompt.messages) for request in requests]
+        prompts = [request_ids(self.tokenizer, request) for request in requests]
         refuse_long_prompts(requests, prompts, sampling, self._cores[0].max_model_len)
         waiting = deque(zip(requests, prompts, strict=True))
         if len(self._cores) == 1:

@@ -1,4 +1,4 @@
--- Clips that a training consumed and the lake does not hold, although it holds others of that training.
+-- Clips of shards that a training consumed and the lake does not hold, although it holds others of that training.
 -- cure:    Keep the training's shards beside its checkpoint: they alone still say what it learned from.
 -- grain:   training_id, clip_id
 -- inputs:  clip_uses, echo_clips
@@ -19,4 +19,6 @@ select clip_uses.training_id, clip_uses.clip_id, count(*) as num_uses
 from clip_uses
 semi join known_trainings using (training_id)
 anti join echo_clips on echo_clips.clip_id = clip_uses.clip_id
+-- those that a training found in its own rollouts were never mined
+where clip_uses.clip_id not like 'online-%'
 group by clip_uses.training_id, clip_uses.clip_id

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import sqlite3
@@ -38,7 +39,7 @@ from pipeline.mine import mine
 from pipeline.quarantine import Refused
 from pipeline.records import Prompt
 from pipeline.rollouts import prompt_table, rollout_table
-from pipeline.schema import SCORINGS
+from pipeline.schema import CLIP_USES, SCORINGS
 from pipeline.set_aside import set_aside
 from pipeline.shards import load_clips
 from pipeline.what_if import parse_changes, simulate
@@ -273,12 +274,34 @@ def test_it_is_refused_while_a_night_runs_and_tidies_its_leavings_afterwards(
     run.mkdir(parents=True)
     (run / "report.html").write_text(WRITTEN)
     (run / "run.json").write_text(json.dumps({"snapshot": 3, "done": True}))
+    skipped = run / "training-1" / "skipped"
+    skipped.mkdir(parents=True)
+    (skipped / "step-000001.safetensors").write_text(WRITTEN)
     names = [SECRET_PROMPT.prompt_id]
     with FileLock(lake.folder / "nightly.lock"), pytest.raises(BusyError, match="Wait until it is done"):
         forget(lake, names)
     assert forget(lake, names).reports == [str(run / "report.html")]
     assert json.loads((run / "run.json").read_text()) == {"snapshot": None, "done": True}
     assert WRITTEN not in everything(lake.folder)
+
+
+def test_a_clip_that_a_training_found_in_its_own_rollouts_is_forgotten_with_its_training_named(
+    builder: LakeBuilder,
+) -> None:
+    facts = {"run_id": "training-1", "origin": "trainer", "policy_version": 3}
+    builder.add_group(["3\n#42"], [1.0], question=SECRET, **facts)
+    rollout = rollout_table(builder.rows[-1:])
+    name = hashlib.md5(f"{rollout['rollout_id'][0]}:2".encode()).hexdigest()
+    uses = [("training-1", f"online-{name}"), ("training-2", "online-0123")]
+    values = {"optim_step": 0, "clip_loss": 1.0, "created_at": datetime.now(UTC)}
+    rows = [{"training_id": training, "clip_id": clip, **values} for training, clip in uses]
+    builder.lake.commit({"rollouts": rollout, "clip_uses": pa.Table.from_pylist(rows, CLIP_USES)})
+    done = forget(builder.lake, [SECRET_PROMPT.prompt_id])
+    assert "training-1" in done.trainings
+    assert "training-2" not in done.trainings
+    with builder.lake.reader() as reader:
+        left = reader.rows("select clip_id from clip_uses where clip_id like 'online-%'")
+    assert left == [{"clip_id": "online-0123"}]
 
 
 def test_a_scorer_that_holds_its_rollouts_does_not_bring_them_back(builder: LakeBuilder) -> None:

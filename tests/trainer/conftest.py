@@ -15,6 +15,7 @@ from pipeline.engines.base import GroupRequest
 from pipeline.engines.transformers import TransformersEngine
 from pipeline.records import Group, Judgement, Prompt
 from pipeline.shards import Clip
+from trainer.rollout_batch import Rollouts, rollout_batch
 
 CHARACTERS = "0123456789+-*/=#() abcdefghijklmnopqr\n"  # with <pad> and <eos>: 40 tokens
 
@@ -59,6 +60,13 @@ def judged(*rewards: float | None) -> list[Judgement]:
     return [Judgement(reward) for reward in rewards]
 
 
+def batch_of(groups, judgements, config, *, logprobs_known, max_tokens, experts=None, hints=None):
+    """What a learner takes of these groups, which no loop sampled."""
+    none = [()] * len(groups)
+    rollouts = Rollouts(groups, judgements, experts or none, hints or [0] * len(groups), 0)
+    return rollout_batch(rollouts, config, logprobs_known=logprobs_known, max_tokens=max_tokens)
+
+
 def random_clips(count: int, seed: int = 0) -> list[Clip]:
     random = np.random.default_rng(seed)
     return [
@@ -86,12 +94,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return char_tokenizer()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make() -> SimpleNamespace:
     """What the tests build batches from, by name."""
     return SimpleNamespace(
         model=tiny_llama,
         group=sampled_group,
+        batch=batch_of,
         judged=judged,
         clips=random_clips,
         engine=TransformersEngine,

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from pipeline.config import SamplingConfig, TrainConfig
-from trainer.learner import backward_clips, backward_rollouts, rollout_batch, sampled_logprobs_known
+from pipeline.objective_checks import sampled_logprobs_known
+from trainer.learner import backward_clips, backward_rollouts
 
 CONFIG = TrainConfig(group_size=4)
 
@@ -25,7 +26,7 @@ def largest(grads):
 @pytest.mark.parametrize("reward", [1.0, 0.7, 0.0])
 def test_zero_advantage_groups_give_exactly_zero_gradient_and_clips_give_some(model, make, reward):
     groups = [make.group(model, text, 4) for text in ("1+2=", "30-7=")]
-    batch = rollout_batch(groups, [make.judged(*[reward] * 4)] * 2, CONFIG, logprobs_known=True)
+    batch = make.batch(groups, [make.judged(*[reward] * 4)] * 2, CONFIG, logprobs_known=True, max_tokens=9)
     assert len(batch.rows) == 8
     assert backward_rollouts(model, batch, CONFIG, temperature=1.0).loss == 0.0
     backward_clips(model, make.clips(5), echo_weight=0.0, batch_tokens=100)
@@ -38,8 +39,8 @@ def test_zero_advantage_groups_give_exactly_zero_gradient_and_clips_give_some(mo
 
 
 def test_mixed_groups_give_a_gradient(model, make):
-    batch = rollout_batch(
-        [make.group(model, "1+2=", 4)], [make.judged(1, 0, 0, 1)], CONFIG, logprobs_known=True
+    batch = make.batch(
+        [make.group(model, "1+2=", 4)], [make.judged(1, 0, 0, 1)], CONFIG, logprobs_known=True, max_tokens=9
     )
     backward_rollouts(model, batch, CONFIG, temperature=1.0)
     assert largest(gradients(model)) > 1e-3
@@ -50,7 +51,7 @@ def test_loss_and_gradient_do_not_depend_on_micro_batches(make, batch_tokens):
     model = make.model(dtype=torch.float64)
     groups = [make.group(model, text, 4, max_tokens=tokens) for text, tokens in (("1+2=", 9), ("3=", 4))]
     judgements = [make.judged(1, 0, 0, 1), make.judged(0, 0, 1, 0)]
-    batch = rollout_batch(groups, judgements, CONFIG, logprobs_known=True)
+    batch = make.batch(groups, judgements, CONFIG, logprobs_known=True, max_tokens=9)
     clips = [dataclasses.replace(clip, weight=1.0 + i / 4) for i, clip in enumerate(make.clips(7))]
     # At a temperature that nothing was sampled at, so that ratios differ from 1 and some are clipped.
     whole_rl = backward_rollouts(model, batch, CONFIG, temperature=0.8)
@@ -63,7 +64,7 @@ def test_loss_and_gradient_do_not_depend_on_micro_batches(make, batch_tokens):
     assert calls.count("rl") > 1
     assert calls.count("echo") > 1
     assert cut_rl.loss == pytest.approx(whole_rl.loss, rel=1e-12)
-    assert cut_rl.entropy_mean == pytest.approx(whole_rl.entropy_mean, rel=1e-12)
+    assert cut_rl.figures.entropy_mean == pytest.approx(whole_rl.figures.entropy_mean, rel=1e-12)
     assert cut_echo[0] == pytest.approx(whole_echo[0], rel=1e-12)
     assert cut_echo[1] == pytest.approx(whole_echo[1], rel=1e-12)
     for name, grad in gradients(model).items():
@@ -73,7 +74,7 @@ def test_loss_and_gradient_do_not_depend_on_micro_batches(make, batch_tokens):
 def test_the_gradient_is_that_of_the_loss_written_out_over_the_whole_model(make):
     model = make.model(dtype=torch.float64)
     group, clips = make.group(model, "1+2=", 4, temperature=0.8), make.clips(3)
-    batch = rollout_batch([group], [make.judged(1, 0, 0, 0)], CONFIG, logprobs_known=False)
+    batch = make.batch([group], [make.judged(1, 0, 0, 0)], CONFIG, logprobs_known=False, max_tokens=9)
     backward_rollouts(model, batch, CONFIG, temperature=0.8)
     backward_clips(model, clips, 0.5, CONFIG.batch_tokens)
     ours = gradients(model)
@@ -97,27 +98,27 @@ def test_the_gradient_is_that_of_the_loss_written_out_over_the_whole_model(make)
 
 def test_the_learner_agrees_with_the_sampler_on_log_probs(model, make):
     group = make.group(model, "12+30=", 4)
-    batch = rollout_batch([group], [make.judged(1, 0, 0, 0)], CONFIG, logprobs_known=True)
+    batch = make.batch([group], [make.judged(1, 0, 0, 0)], CONFIG, logprobs_known=True, max_tokens=9)
     done = backward_rollouts(model, batch, CONFIG, temperature=1.0)
     assert done.logprob_gap < 1e-4
     sampled = np.concatenate([sample.entropies for sample in group.samples])
-    assert done.entropy_mean == pytest.approx(float(sampled.mean()), abs=1e-4)
+    assert done.figures.entropy_mean == pytest.approx(float(sampled.mean()), abs=1e-4)
 
 
 def test_a_group_that_lost_a_rollout_gives_no_gradient(model, make):
     groups = [make.group(model, "1+2=", 4), make.group(model, "30-7=", 4)]
     judgements = [make.judged(1, None, 0, 1), make.judged(1, 0, 0, 0)]
-    batch = rollout_batch(groups, judgements, CONFIG, logprobs_known=True)
+    batch = make.batch(groups, judgements, CONFIG, logprobs_known=True, max_tokens=9)
     assert [row[1].tolist() for row in batch.rows] == [s.completion_ids.tolist() for s in groups[1].samples]
-    nothing = rollout_batch(groups[:1], judgements[:1], CONFIG, logprobs_known=True)
+    nothing = make.batch(groups[:1], judgements[:1], CONFIG, logprobs_known=True, max_tokens=9)
     done = backward_rollouts(model, nothing, CONFIG, temperature=1.0)
-    assert (done.loss, done.entropy_mean, gradients(model)) == (0.0, None, {})
+    assert (done.loss, done.figures, gradients(model)) == (0.0, None, {})
 
 
 def test_without_the_samplers_log_probs_the_ratio_is_one(model, make):
     group = make.group(model, "1+2=", 4)
-    known = rollout_batch([group], [make.judged(1, 0, 0, 0)], CONFIG, logprobs_known=True)
-    unknown = rollout_batch([group], [make.judged(1, 0, 0, 0)], CONFIG, logprobs_known=False)
+    known = make.batch([group], [make.judged(1, 0, 0, 0)], CONFIG, logprobs_known=True, max_tokens=9)
+    unknown = make.batch([group], [make.judged(1, 0, 0, 0)], CONFIG, logprobs_known=False, max_tokens=9)
     backward_rollouts(model, known, CONFIG, temperature=1.0)
     with_known = gradients(model)
     done = backward_rollouts(model, unknown, CONFIG, temperature=1.0)
@@ -139,3 +140,41 @@ def test_without_the_samplers_log_probs_the_ratio_is_one(model, make):
 )
 def test_sampled_log_probs_are_used_only_where_they_are_of_the_trained_distribution(kind, options, known):
     assert sampled_logprobs_known(kind, SamplingConfig(**options)) is known
+
+
+def test_dapo_learns_from_mixed_groups_only_and_counts_no_others(model, make):
+    groups = [make.group(model, "1+2=", 4), make.group(model, "30-7=", 4)]
+    judgements = [make.judged(1, 1, 1, 1), make.judged(1, 0, 0, 0)]
+    dapo = TrainConfig(group_size=4, objective="dapo")
+    batch = make.batch(groups, judgements, dapo, logprobs_known=True, max_tokens=9)
+    alone = make.batch(groups[1:], judgements[1:], dapo, logprobs_known=True, max_tokens=9)
+    assert [row[1].tolist() for row in batch.rows] == [s.completion_ids.tolist() for s in groups[1].samples]
+    assert len(batch.engine_logprobs) == 4
+    done = backward_rollouts(model, batch, dapo, temperature=1.0)
+    assert done.loss == backward_rollouts(model, alone, dapo, temperature=1.0).loss
+
+
+def test_a_correction_weighs_tokens_by_the_engines_log_probs_with_ratio_one(make):
+    model = make.model(dtype=torch.float64)
+    group = make.group(model, "1+2=", 4)
+    plain = make.batch([group], [make.judged(1, 0, 0, 0)], CONFIG, logprobs_known=False, max_tokens=9)
+    backward_rollouts(model, plain, CONFIG, temperature=1.0)
+    uncorrected = gradients(model)
+    # An engine that is e times too sure of every token: each weighs 1/e.
+    surer = [sample.logprobs + np.float32(1) for sample in group.samples]
+    batch = dataclasses.replace(plain, engine_logprobs=surer)
+    config = TrainConfig(group_size=4, correction="truncated")
+    done = backward_rollouts(model, batch, config, temperature=1.0)
+    assert done.logprob_gap == pytest.approx(1.0, abs=1e-4)
+    for name, grad in gradients(model).items():
+        torch.testing.assert_close(grad, uncorrected[name] / np.e, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("objective", ["luffy", "uft"])
+def test_the_entropy_bonus_reaches_the_model(model, make, objective):
+    group = make.group(model, "1+2=", 4)
+    config = TrainConfig(group_size=4, objective=objective)
+    batch = make.batch([group], [make.judged(1, 1, 1, 1)], config, logprobs_known=True, max_tokens=9)
+    done = backward_rollouts(model, batch, config, temperature=1.0)
+    assert done.loss == pytest.approx(-0.001 * done.figures.entropy_mean, rel=1e-4)
+    assert largest(gradients(model)) > 0

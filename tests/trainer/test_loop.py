@@ -2,71 +2,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from loop_helpers import CONFIG, PROMPTS, SAMPLING, Training, even_sum
 from transformers import AutoModelForCausalLM
 
-from pipeline.config import SamplingConfig, TrainConfig
-from pipeline.errors import ConfigError, FormatError, ModelError
-from pipeline.records import Judgement, Prompt, group_id, sample_seed
+from pipeline.errors import ConfigError, FormatError
+from pipeline.records import Judgement, group_id, sample_seed
 from trainer.loop import train
-
-PROMPTS = [Prompt(({"role": "user", "content": f"{i}+{i}="},), str(2 * i)) for i in range(5)]
-SAMPLING = SamplingConfig(max_tokens=6)
-CONFIG = TrainConfig(
-    optim_steps=3, prompts_per_step=2, group_size=3, clips_per_step=4, lr=1e-3, batch_tokens=40, seed=5
-)
-
-
-def even_sum(groups):
-    """A verifier that mixed groups come of: completions of an even id sum succeed."""
-    return [[Judgement(float(s.completion_ids.sum() % 2 == 0)) for s in g.samples] for g in groups]
-
-
-class Training:
-    """One training with everything it handed out."""
-
-    def __init__(
-        self,
-        make,
-        folder,
-        *,
-        prompts=PROMPTS,
-        clips=(),
-        config=CONFIG,
-        judge=even_sum,
-        sampling=SAMPLING,
-        wrap=lambda engine: engine,
-    ):
-        self.model, self.tokenizer = make.model(), make.tokenizer()
-        self.before = {name: value.clone() for name, value in self.model.state_dict().items()}
-        self.rollouts, self.clip_uses, self.seen = [], [], []
-        self.result = train(
-            self.model,
-            self.tokenizer,
-            wrap(make.engine(self.model, self.tokenizer)),
-            prompts,
-            clips,
-            config,
-            sampling,
-            judge,
-            lambda groups, judgements, version: self.rollouts.append((groups, judgements, version)),
-            self.clip_uses.append,
-            folder,
-            "training",
-            10,
-            progress=self.seen.append,
-        )
-        text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
-        self.metrics = [json.loads(line) for line in text.splitlines()]
-
-    def changed(self):
-        now = self.model.state_dict()
-        return any(not torch.equal(now[name], value) for name, value in self.before.items())
 
 
 def test_a_training_hands_out_what_it_sampled_and_used_and_leaves_a_checkpoint(make, tmp_path):
@@ -208,6 +154,24 @@ def test_without_clips_it_is_grpo_alone(make, tmp_path):
     assert training.changed()
 
 
+def test_lambda_grows_over_its_warm_up_and_weighs_each_steps_loss(make, tmp_path):
+    config = CONFIG.model_copy(update={"echo_weight": 0.5, "echo_warmup_steps": 2})
+    training = Training(make, tmp_path, clips=make.clips(6), config=config)
+    assert [line["echo_weight"] for line in training.metrics] == [0.25, 0.5, 0.5]
+    for line in training.metrics:
+        assert line["loss"] == pytest.approx(line["rl_loss"] + line["echo_weight"] * line["echo_loss"])
+
+
+def test_clips_that_retire_are_used_no_more_and_the_training_goes_on(make, tmp_path):
+    config = CONFIG.model_copy(update={"optim_steps": 4, "max_clip_uses": 1})
+    training = Training(make, tmp_path, clips=make.clips(6), config=config)
+    assert [line["num_clips"] for line in training.metrics] == [4, 2, 0, 0]
+    assert [line["num_retired_clips"] for line in training.metrics] == [4, 6, 6, 6]
+    assert [len(uses) for uses in training.clip_uses] == [4, 2]
+    assert training.result.num_clip_uses == 6
+    assert training.metrics[2]["echo_loss"] is None
+
+
 def test_only_solved_groups_leave_the_model_as_it_was_without_lambda_and_not_with_it(make, tmp_path):
     def solved(groups):
         return [[Judgement(1.0) for _ in group.samples] for group in groups]
@@ -247,33 +211,6 @@ def test_at_most_256_clips_spread_over_the_ranking_are_measured(make, tmp_path):
     measured = Training(make, tmp_path / "all", clips=clips, config=config).result.echo_loss_before
     third = Training(make, tmp_path / "third", clips=clips[::3], config=config).result.echo_loss_before
     assert measured == pytest.approx(third, abs=1e-6)
-
-
-def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(make, tmp_path):
-    def endless(groups):
-        return [[Judgement(math.inf if i else 0.0) for i, _ in enumerate(g.samples)] for g in groups]
-
-    model, tokenizer = make.model(), make.tokenizer()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(ModelError, match="stopped at optim_step 0: its loss is nan") as caught:
-        train(
-            model,
-            tokenizer,
-            make.engine(model, tokenizer),
-            PROMPTS,
-            [],
-            CONFIG,
-            SAMPLING,
-            endless,
-            lambda *_: None,
-            lambda _: None,
-            tmp_path,
-            "training",
-            0,
-        )
-    assert "\n" not in str(caught.value)
-    assert not (tmp_path / "checkpoint").exists()
-    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
 def test_a_clip_of_another_vocabulary_is_refused_before_anything_is_sampled(make, tmp_path):

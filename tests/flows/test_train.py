@@ -1,0 +1,85 @@
+"""`echomine train` as a user sees it: on shards of a mined lake, into a lake of its own."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from flows.cli import main
+from pipeline.checks import run_checks
+from pipeline.lake import Lake
+
+OPTIONS = ["--optim-steps", "1", "--prompts-per-step", "2", "--group-size", "2", "--clips-per-step", "2"]
+
+
+@pytest.fixture
+def shards(tmp_path: Path, lake: Path) -> Path:
+    assert main(["export", "shards", str(tmp_path / "shards"), "--lake", str(lake)]) == 0
+    return tmp_path / "shards"
+
+
+def test_a_training_says_its_clip_loss_and_keeps_its_rollouts_and_uses(shards, tmp_path, capfd):
+    capfd.readouterr()
+    assert main(["train", str(shards), "--lake", str(tmp_path / "own"), *OPTIONS]) == 0
+    steps, losses = capfd.readouterr().out.splitlines()
+    assert re.fullmatch(r"1 optimizer steps; checkpoint in .+/checkpoint", steps)
+    assert re.fullmatch(r"EchoClip loss \d+\.\d{4} → \d+\.\d{4} nats/token", losses)
+    with Lake.open(tmp_path / "own").reader() as reader:
+        assert reader.rows("select count(*) as n from rollouts where origin = 'trainer'")[0]["n"] == 4
+        assert reader.rows("select count(*) as n from clip_uses")[0]["n"] > 0
+
+
+def test_without_shards_the_clips_are_of_the_trainings_own_rollouts(tmp_path, capfd):
+    options = [
+        "--optim-steps",
+        "2",
+        "--prompts-per-step",
+        "4",
+        "--group-size",
+        "4",
+        "--echo-source",
+        "online",
+    ]
+    capfd.readouterr()
+    assert main(["train", "--lake", str(tmp_path / "own"), *options]) == 0
+    used = capfd.readouterr().out.splitlines()[1]
+    assert re.fullmatch(r"\d+ uses of EchoClips; none of shards", used)
+    with Lake.open(tmp_path / "own").reader() as reader:
+        assert reader.rows("select count(*) as n from clip_uses")[0]["n"] == int(used.split()[0]) > 0
+    assert main(["mine", "--lake", str(tmp_path / "own")]) == 0
+    with Lake.open(tmp_path / "own").reader() as reader:
+        mined = reader.rows("select 'online-' || clip_id as clip_id from echo_clips")
+        used_clips = reader.rows("select distinct clip_id from clip_uses")
+        assert [check for check in run_checks(reader) if check.num_offending] == []
+    assert {row["clip_id"] for row in mined} & {row["clip_id"] for row in used_clips}
+
+
+def test_shards_are_asked_for_where_clips_come_from_them(refused):
+    assert "Give the folder of SHARDS, or --echo-source online" in refused("train", *OPTIONS)
+
+
+def test_an_objective_that_learns_from_experts_needs_some_in_the_lake(refused, shards):
+    line = refused("train", shards, *OPTIONS, "--objective", "luffy")
+    assert "no expert's solution" in line
+    assert "echomine import rollouts" in line
+    line = refused("nightly", "--config", _config(shards.parent, 'objective = "uft"'))
+    assert "no expert's solution" in line
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--echo-weight", "-0.1"], "`train.echo_weight` in the options is -0.1"),
+        (["--correction-cap", "2"], "`train.correction_cap` belongs to a correction"),
+    ],
+)
+def test_options_without_sense_are_refused(refused, shards, options, message):
+    assert message in refused("train", shards, *OPTIONS, *options)
+
+
+def _config(folder: Path, line: str) -> Path:
+    path = folder / "night.toml"
+    path.write_text(f"[train]\n{line}\n")
+    return path

@@ -1,0 +1,108 @@
+"""One optimizer step on a batch of rollouts and some EchoClips, unless what it gives is no number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pipeline.config import TrainConfig
+from trainer import learner
+from trainer.clip_schedule import echo_weight
+from trainer.guard import Guard
+from trainer.optimizer import MasterAdamW
+from trainer.rollout_batch import RolloutBatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from pipeline.shards import Clip
+
+
+@dataclass(frozen=True)
+class StepClips:
+    """The C clips of one step.
+
+    Attributes:
+        rows: of each clip, the row of the batch whose completion it begins; None where it needs a forward
+            pass of its own.
+    """
+
+    clips: Sequence[Clip]
+    rows: Sequence[int | None]
+
+
+@dataclass(frozen=True)
+class Update:
+    """What came of a step.
+
+    Attributes:
+        losses: loss, rl_loss, echo_loss, grad_norm; the two terms' norms where each had its own pass.
+        clip_losses: of each clip, nats per token before the update.
+        echo_weight: λ of this step.
+        skipped: nothing was learned, as a loss or norm is not finite.
+    """
+
+    rl: learner.RolloutPass
+    losses: dict[str, float]
+    clip_losses: list[float]
+    echo_weight: float
+    skipped: bool
+
+
+@dataclass(frozen=True)
+class Updater:
+    """Takes a model's steps.
+
+    Attributes:
+        temperature: what the rollouts are sampled at.
+    """
+
+    model: PreTrainedModel
+    config: TrainConfig
+    temperature: float
+    optimizer: MasterAdamW
+    guard: Guard
+
+    def update(self, batch: RolloutBatch, step: StepClips, optim_step: int) -> Update:
+        """
+        Raises:
+            ModelError: see `Guard.refuses`.
+        """
+        weight, num_clips = echo_weight(self.config, optim_step), len(step.clips)
+        tokens = {
+            row: len(clip.clip_ids)
+            for clip, row in zip(step.clips, step.rows, strict=True)
+            if row is not None
+        }
+        rl = learner.backward_rollouts(
+            self.model,
+            batch,
+            self.config,
+            self.temperature,
+            self.optimizer.collect,
+            tokens,
+            weight / max(num_clips, 1),
+        )
+        norms = {"rl_grad_norm": self.optimizer.set_aside()}
+        apart = [clip for clip, row in zip(step.clips, step.rows, strict=True) if row is None]
+        echo_loss, losses_apart = learner.backward_clips(
+            self.model, apart, weight, self.config.batch_tokens, self.optimizer.collect, num_clips
+        )
+        echo_loss += sum(rl.clip_losses.values()) / max(num_clips, 1)
+        norms["echo_grad_norm"] = self.optimizer.norm()
+        losses = {
+            "loss": rl.loss + weight * echo_loss,
+            "rl_loss": rl.loss,
+            "echo_loss": echo_loss,
+            "grad_norm": self.optimizer.clip(),
+            **({} if tokens else norms),
+        }
+        skipped = self.guard.refuses(optim_step, losses, batch, step.clips)
+        if skipped:
+            self.optimizer.drop()
+        else:
+            self.optimizer.step()
+        waiting = iter(losses_apart)
+        clip_losses = [next(waiting) if row is None else rl.clip_losses[row] for row in step.rows]
+        return Update(rl, losses, clip_losses, weight, skipped)
