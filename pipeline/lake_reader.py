@@ -66,7 +66,11 @@ DATA_FILES = """
 
 
 class Reader:
-    """A read-only session pinned to one snapshot; `rollouts`, `groups`, … are plain relation names in it."""
+    """A read-only session pinned to one snapshot; `rollouts`, `groups`, … are plain relation names in it.
+
+    Attributes:
+        tables: those that the snapshot has; a table that came later is empty in the session.
+    """
 
     def __init__(self, connection: duckdb.DuckDBPyConnection, lake: Lake, snapshot: int) -> None:
         self.connection = connection
@@ -93,14 +97,14 @@ class Reader:
     def _add_later_tables(self) -> None:
         """Tables that came after this snapshot are empty in it."""
         # DuckDB's own list of them takes five times as long
-        held = {row["name"] for row in self.rows(_TABLES, {"snapshot": self.snapshot})}
-        if "meta" not in held:
+        self.tables = {row["name"] for row in self.rows(_TABLES, {"snapshot": self.snapshot})}
+        if "meta" not in self.tables:
             raise LakeError(
                 f"Snapshot {self.snapshot} of the lake in {self.lake.folder} is from before its tables were "
                 'made. See `echomine sql "from snapshots"` for later ones.'
             )
         for name, columns in schema.TABLES.items():
-            if name not in held:
+            if name not in self.tables:
                 self.materialize_rows(name, columns.empty_table())
 
     def table(self, sql: str, params: Mapping[str, Any] | None = None) -> pa.Table:

@@ -20,7 +20,7 @@ from pipeline.hashing import content_id
 from pipeline.lake import MERGED_FILE, Lake
 from pipeline.lake_reader import Reader
 from pipeline.mining_refusals import refuse_mixed_entropies, refuse_unknown_scope, undamaged
-from pipeline.news import touched_groups, touched_runs
+from pipeline.news import News, news_since
 from pipeline.sqlfiles import macros, relations, sql_file
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ STAGES = (
     "clip_decisions",
 )
 # What stages are bound to where every group of the lake is asked for.
+NO_GROUPS = pa.schema([("group_id", pa.string())]).empty_table()
 WHOLE_LAKE = {"run_id": None, "incremental": False, "first_run": None, "last_run": None}
 FEW_TWINS = 256  # more are found faster by a join, although it reads everybody's tokens
 
@@ -105,10 +106,9 @@ def mine(
             lake.touch_mining(mining_id)
             return known
         refuse_unknown_scope(reader, since_snapshot, run_id)
-        runs = None if since_snapshot is None else touched_runs(reader, since_snapshot)
-        verification = reader.verification(runs, newest=newest)
-        with undamaged(lake, verification):
-            groups, dropped, clips = decide(reader, config, since_snapshot, run_id, runs, splitting)
+        news = None if since_snapshot is None else news_since(reader, since_snapshot)
+        with undamaged(lake, reader.verification(news.runs if news else None, newest=newest)):
+            groups, dropped, clips = decide(reader, config, news, run_id, splitting)
 
     mining = Mining(mining_id, data_snapshot, groups, clips.num_rows, dropped)
     record = {
@@ -138,29 +138,24 @@ def mine(
 def decide(
     reader: Reader,
     config: MiningConfig,
-    since_snapshot: int | None,
+    news: News | None,
     run_id: str | None,
-    runs: tuple[str, str] | None = None,
     splitting: Resplitter | None = None,
 ) -> tuple[dict[str, int], dict[str, int], pa.Table]:
     """Runs the stages one after the other; writes nothing. The arguments are those of `mine`.
 
     Args:
-        runs: the first and last run that rollouts of touched groups are of; None: any.
+        news: only groups of these; None: all.
         splitting: splits the successes again.
 
     Returns:
         groups by class, drops by reason, and the kept clips in rank order.
     """
-    first_run, last_run = runs or (None, None)
-    params = config.model_dump() | {
-        "run_id": run_id,
-        "incremental": since_snapshot is not None,
-        "first_run": first_run,
-        "last_run": last_run,
-    }
-    since = reader.snapshot if since_snapshot is None else since_snapshot  # none is touched after the last
-    reader.materialize_rows("touched_groups", touched_groups(reader, since))
+    params = config.model_dump() | WHOLE_LAKE | {"run_id": run_id}
+    if news is not None:
+        first_run, last_run = news.runs or (None, None)
+        params |= {"incremental": True, "first_run": first_run, "last_run": last_run}
+    reader.materialize_rows("touched_groups", NO_GROUPS if news is None else news.groups)
     for stage in STAGES:
         reader.materialize(stage, sql_file(f"mining/{stage}"), params)
         if stage == "successes":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pyarrow as pa
 
 from pipeline.errors import MiningError
@@ -26,17 +28,28 @@ _SET_ASIDE = """
 """
 
 
-def touched_groups(reader: Reader, since_snapshot: int) -> pa.Table:
-    """[group_id] of the groups with rollouts, or rewards changed by a verdict, after `since_snapshot`."""
-    return _news(reader, since_snapshot).select(["group_id"]).group_by("group_id").aggregate([])
+@dataclass(frozen=True)
+class News:
+    """What came into a lake since a snapshot.
 
-
-def touched_runs(reader: Reader, since_snapshot: int) -> tuple[str, str] | None:
-    """The first and last run, by name, of all rollouts of the groups touched after `since_snapshot`.
-
-    A night's run has only files of its own, so this spares a mining the others. None: any run.
+    Attributes:
+        groups: [group_id] of those with rollouts, or rewards changed by a verdict.
+        runs: the first and last run, by name, of all rollouts of these groups; None: any run. A night's run
+            has only files of its own, so this spares a mining the others.
     """
-    reader.materialize_rows("news", _news(reader, since_snapshot))
+
+    groups: pa.Table
+    runs: tuple[str, str] | None
+
+
+def news_since(reader: Reader, snapshot: int) -> News:
+    """What came after `snapshot`.
+
+    Raises:
+        MiningError: forgetting prompts has ended the snapshots that would tell.
+    """
+    news = _news(reader, snapshot)
+    reader.materialize_rows("news", news)
     bounds = reader.rows(
         """
         with
@@ -49,17 +62,15 @@ def touched_runs(reader: Reader, since_snapshot: int) -> tuple[str, str] | None:
         """,
         {"spanning": SPANNING_GROUP},
     )[0]
-    return None if bounds["unknown"] or bounds["first"] is None else (bounds["first"], bounds["last"])
+    unknown = bounds["unknown"] or bounds["first"] is None
+    groups = news.select(["group_id"]).group_by("group_id").aggregate([])
+    return News(groups, None if unknown else (bounds["first"], bounds["last"]))
 
 
 def _news(reader: Reader, since: int) -> pa.Table:
-    """[group_id, run_id]; of a group that was only judged again, every run.
-
-    Raises:
-        MiningError: forgetting prompts has ended the snapshots that would tell.
-    """
+    """[group_id, run_id]; of a group that was only judged again, every run."""
     if since >= reader.snapshot:
-        return pa.table({"group_id": pa.array([], pa.string()), "run_id": pa.array([], pa.string())})
+        return pa.schema([("group_id", pa.string()), ("run_id", pa.string())]).empty_table()
     # Changes are asked for from a snapshot on that is there; the one after may have expired.
     left = reader.rows(
         "select max(snapshot_id) filter (snapshot_id <= $since + 1) as first, min(snapshot_id) as oldest "
@@ -81,6 +92,5 @@ def _news(reader: Reader, since: int) -> pa.Table:
 
 def _has_verdicts(reader: Reader, since: int) -> bool:
     """Whether rollouts were judged again after `since`. Snapshots of old lakes have no such table."""
-    held = "select 1 from duckdb_tables() where database_name = 'lake' and table_name = 'verdicts'"
     judged = "select 1 from verdicts where reward is not null and snapshot_id > $since limit 1"
-    return bool(reader.rows(held)) and bool(reader.rows(judged, {"since": since}))
+    return "verdicts" in reader.tables and bool(reader.rows(judged, {"since": since}))

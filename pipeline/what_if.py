@@ -16,6 +16,7 @@ from pipeline.lake import Lake
 from pipeline.lake_reader import Reader
 from pipeline.mine import decide, recorded_settings, resplitter
 from pipeline.mining_refusals import undamaged
+from pipeline.news import news_since
 
 
 @dataclass(frozen=True)
@@ -119,10 +120,10 @@ def simulate(
     if snapshot is None:
         snapshot = _still_there(lake, last)
     with lake.reader(snapshot) as reader, lake.reader() as current:
-        with undamaged(lake, reader.verification(newest=current)):
-            groups, dropped, clips = decide(
-                reader, config, recorded["since_snapshot"], last["run_id"], splitting=splitting
-            )
+        since = recorded["since_snapshot"]
+        news = None if since is None else news_since(reader, since)
+        with undamaged(lake, reader.verification(news.runs if news else None, newest=current)):
+            groups, dropped, clips = decide(reader, config, news, last["run_id"], splitting)
         mined_snapshot = reader.data_snapshot()
     return Simulation(
         last["mining_id"],

@@ -17,8 +17,7 @@ from pipeline.formats.source_rows import Format
 from pipeline.imports.core import check_dumps, import_rollouts, with_formats
 from pipeline.lake import Lake
 from pipeline.lake_reader import Reader
-from pipeline.mine import WHOLE_LAKE, mine
-from pipeline.news import touched_groups
+from pipeline.mine import NO_GROUPS, WHOLE_LAKE, mine
 from pipeline.sqlfiles import sql_file
 
 ZERO_ADVANTAGE = ("all_success", "all_fail", "all_equal")
@@ -145,7 +144,7 @@ def _classify(reader: Reader, config: MiningConfig) -> None:
     reader.materialize("dump_rollouts", sql_file("staging/dump_rollouts"), {})
     # In this session the dump's rollouts stand where the lake's would: the rule of classes reads them.
     reader.materialize("rollouts", "select null::varchar as rollout_id, * from dump_rollouts", {})
-    reader.materialize_rows("touched_groups", touched_groups(reader, reader.snapshot))
+    reader.materialize_rows("touched_groups", NO_GROUPS)
     params = config.model_dump() | WHOLE_LAKE
     reader.materialize("group_classes", sql_file("mining/group_classes"), params)
 

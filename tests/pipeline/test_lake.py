@@ -25,7 +25,7 @@ from pipeline.lake import Lake
 from pipeline.lake_upkeep import delete_orphans
 from pipeline.lake_writer import Writer
 from pipeline.mine import mine
-from pipeline.news import touched_groups
+from pipeline.news import news_since
 from pipeline.quarantine import Refused, quarantine_table
 from pipeline.rollouts import rollout_table
 
@@ -157,8 +157,8 @@ def test_every_commit_can_be_read_again(lake: Lake) -> None:
     assert groups_in(lake) == ["a", "b"]
     with lake.reader() as reader:
         assert reader.data_snapshot() == reader.snapshot > first
-        assert touched_groups(reader, first).to_pydict() == {"group_id": ["b"]}
-        assert touched_groups(reader, reader.snapshot).num_rows == 0
+        assert news_since(reader, first).groups.to_pydict() == {"group_id": ["b"]}
+        assert news_since(reader, reader.snapshot).groups.num_rows == 0
     with pytest.raises(LakeError, match=r"has no snapshot 99\. See"), lake.reader(99):
         pass
 

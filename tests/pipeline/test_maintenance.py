@@ -21,7 +21,7 @@ from pipeline.lake import Lake
 from pipeline.lake_upkeep import delete_orphans, maintained
 from pipeline.maintenance import maintain, merge_small_files, record_merged_files
 from pipeline.mine import mine
-from pipeline.news import touched_groups
+from pipeline.news import news_since
 from pipeline.rollouts import rollout_table
 from pipeline.schema import CLIP_USES
 
@@ -62,9 +62,9 @@ def test_merged_files_hold_the_same_rows_at_every_snapshot_and_their_hash_is_rec
         (path,) = reader.data_files()
         assert reader.recorded_hashes().keys() > {path}
         assert reader.verification(everything=True).damaged() == []
-        news = touched_groups(reader, snapshots[1])
+        news = news_since(reader, snapshots[1]).groups
         assert sorted(news["group_id"].to_pylist()) == ["c", "d"], "merged rows are no news"
-        assert touched_groups(reader, snapshots[3]).num_rows == 0
+        assert news_since(reader, snapshots[3]).groups.num_rows == 0
     assert len(files_of(lake)) == 5, "the merged ones stay for who reads them"
 
 

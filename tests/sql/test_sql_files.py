@@ -17,8 +17,7 @@ from pipeline.checks import run_checks
 from pipeline.config import MiningConfig
 from pipeline.lake import Lake
 from pipeline.lake_reader import Reader
-from pipeline.mine import STAGES, WHOLE_LAKE
-from pipeline.news import touched_groups
+from pipeline.mine import NO_GROUPS, STAGES, WHOLE_LAKE
 from pipeline.report import LIMITS
 from pipeline.report_charts import CLASS_COLOURS
 from pipeline.schema import TABLES
@@ -96,7 +95,7 @@ def reader(sample_lake, tmp_path_factory) -> Iterator[Reader]:
     with judged.reader() as reader:
         named = reader.table("select distinct prompt_id from echo_clips")
         reader.materialize_rows("named", named)
-        reader.materialize_rows("touched_groups", touched_groups(reader, reader.snapshot))
+        reader.materialize_rows("touched_groups", NO_GROUPS)
         export_drops = {"reason": ["max_tokens"], "num_dropped": [3]}
         reader.materialize_rows("export_drops", pa.table(export_drops))
         # the lake's rollouts, come again: by name, and with another reward in the same places
