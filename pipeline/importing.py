@@ -31,7 +31,8 @@ from pipeline.lake_reader import Reader
 from pipeline.rollouts import named
 from pipeline.sqlfiles import sql_file
 
-_PLACE = ("group_id", "sample_index", "group_size", "origin", "file", "nth", "is_refused")
+_GIVEN = ("group_id", "sample_index", "group_size", "policy_version", "origin", "sample_id", "file", "nth")
+_CONTENT = ("is_refused", "prompt_ids", "completion_ids", "reward")
 
 
 @dataclass(frozen=True)
@@ -147,13 +148,13 @@ def _committed(lake: Lake, part: pa.Table, forgotten: Forgotten) -> tuple[Ingest
 
 
 def _placed(reader: Reader, part: pa.Table) -> pa.Table:
-    """The rows that were not refused, group after group, each with its index and its group's size."""
-    reader.materialize_rows("staged_rollouts", part.select(_PLACE))
+    """The rows that were not refused, group after group, each with its place; see `group_places.sql`."""
+    reader.materialize_rows("staged_rollouts", part.select([*_GIVEN, *_CONTENT]))
     places = reader.table(sql_file("staging/group_places"))
     numbers = part["nth"].to_numpy()
     order = np.argsort(numbers)
     part = part.take(order[np.searchsorted(numbers[order], places["nth"].to_numpy())]).combine_chunks()
-    for name in ("sample_index", "group_size"):
+    for name in ("sample_index", "group_size", "policy_version"):
         part = part.set_column(part.column_names.index(name), name, places[name])
     return part
 

@@ -13,7 +13,7 @@
 --   max_reward     reward
 with
 
-groups as (
+gathered as (
     select
         group_id,
         count(*) as num_rollouts,
@@ -39,4 +39,4 @@ select
     num_rollouts,
     min_reward,
     max_reward
-from groups
+from gathered
