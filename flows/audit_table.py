@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.commands.output import counted
-from pipeline.audit import Audit
+from pipeline.audits.core import Audit
 from pipeline.report_text import number, percent, phantom
 
 

@@ -11,7 +11,7 @@ import click
 from pydantic import BaseModel
 
 from pipeline import formats
-from pipeline.config import DEFAULT_LAKE, EngineConfig
+from pipeline.config import DEFAULT_LAKE, EngineConfig, NightlyConfig
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -160,3 +160,14 @@ def tokenizer_option(function: F) -> F:
         type=click.Path(path_type=Path),
         help="a tokenizer or model folder; default: the configured model's",
     )(function)
+
+
+def chosen_tokenizer(folder: Path | None, settings: NightlyConfig) -> Any:
+    """The tokenizer of `tokenizer_option`."""
+    from pipeline.tokenization import load_tokenizer
+
+    if folder is None:
+        from pipeline.models import model_folder
+
+        folder = model_folder(settings.model)
+    return load_tokenizer(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import click
 from rich.console import Console
@@ -21,9 +22,15 @@ def print_examples() -> None:
     Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
 
 
+def _setting(value: Any) -> Any:
+    if isinstance(value, str) and value.isspace():
+        return repr(value)
+    return "none" if value is None else value
+
+
 def print_simulation(simulation: Simulation) -> None:
     """The last mining beside what it would have found, and how many clips both found."""
-    changes = {name: "none" if value is None else value for name, value in simulation.changes.items()}
+    changes = {name: _setting(value) for name, value in simulation.changes.items()}
     last, what_if, overlap = simulation.last, simulation.what_if, simulation.overlap
     table = Table("")
     for name in ("last mining", "what if", "change"):

@@ -82,7 +82,9 @@ def score(run: NightRun) -> Scored:
 
 @stage("mine")
 def mine(run: NightRun) -> Mining:
-    return mining.mine(run.lake(), run.config.mining, runs.sealed_snapshot(run), run_id=run.run_id)
+    return mining.mine(
+        run.lake(), run.config.mining, runs.sealed_snapshot(run), None, run.run_id, run.tokenizer
+    )
 
 
 @stage("export")

@@ -1,7 +1,7 @@
 """Every setting, with its default and its meaning; read from TOML, overridden by the command line.
 
 Each section is what one stage takes, so a stage never sees another's settings. Unknown keys are
-refused with the nearest valid name. `docs/config.md` and the README's table are generated from here.
+refused with the nearest valid name.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 import tomllib
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from pipeline.errors import ConfigError, nearest
+from pipeline.config_keys import nearest_key
+from pipeline.delimiters import written_delimiter
+from pipeline.errors import ConfigError
 
 DEFAULT_LAKE = Path("data/lake")
 ARITH_PROMPTS = "arith"
@@ -135,6 +137,9 @@ class MiningConfig(Section):
     )
     max_clips: int | None = Field(None, ge=0, description="clips kept in all")
     max_clips_per_prompt: int | None = Field(None, ge=0, description="clips kept of one prompt")
+    delimiter: Annotated[str | None, AfterValidator(written_delimiter)] = Field(
+        None, description=r"white space that ends a step, as \n or \x20; none: the steps as stored"
+    )
     success_reward: float = Field(1.0, description="the reward of a success")
     fail_reward: float = Field(0.0, description="the reward of a failure")
     reward_tolerance: float = Field(1e-6, ge=0, description="rewards this close are equal")
@@ -230,12 +235,11 @@ def validated(model: type[ConfigT], values: dict[str, Any], where: str) -> Confi
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            known = _keys_at(model, first["loc"][:-1])
-            raise ConfigError(
-                f"Unknown config key `{key}` in {where}: {nearest(str(first['loc'][-1]), known)}"
-            ) from None
+            near = nearest_key(model, first["loc"])
+            raise ConfigError(f"Unknown config key `{key}` in {where}: {near}") from None
+        why = first["msg"].removeprefix("Value error, ")
         raise ConfigError(
-            f"Config key `{key}` in {where} is {first['input']!r:.80}: {first['msg']}. Give a valid value."
+            f"Config key `{key}` in {where} is {first['input']!r:.80}: {why}. Give a valid value."
         ) from None
 
 
@@ -248,45 +252,3 @@ def _merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
         elif value is not None:
             merged[key] = value
     return merged
-
-
-def _keys_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
-    for part in location:
-        model = section_type(model, str(part)) or model
-    return list(model.model_fields)
-
-
-def section_type(model: type[BaseModel], key: str) -> type[Section] | None:
-    """The section that a key of `model` holds, or None if the key holds a value."""
-    annotation = model.model_fields[key].annotation
-    for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, Section):
-            return candidate
-    return None
-
-
-def config_keys(model: type[BaseModel] = NightlyConfig, prefix: str = "") -> list[tuple[str, str, str]]:
-    """Every key as (dotted name, default, meaning), in the order of the sections."""
-    rows: list[tuple[str, str, str]] = []
-    for name, info in model.model_fields.items():
-        below = section_type(model, name)
-        if below is not None:
-            rows += config_keys(below, f"{prefix}{name}.")
-            continue
-        rows.append((f"{prefix}{name}", _shown(info.default), info.description or ""))
-    return rows
-
-
-def config_table() -> str:
-    """Every key, its default and its meaning as a Markdown table; the README and docs/config.md hold it."""
-    lines = ["| key | default | meaning |", "|---|---|---|"]
-    for row in config_keys():
-        key, default, meaning = (cell.replace("|", "\\|").replace("<", "&lt;") for cell in row)
-        lines.append(f"| `{key}` | `{default}` | {meaning} |")
-    return "\n".join(lines) + "\n"
-
-
-def _shown(default: Any) -> str:
-    if default is None:
-        return "none"
-    return str(default).lower() if isinstance(default, bool) else str(default)

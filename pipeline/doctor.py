@@ -20,6 +20,7 @@ from pipeline.hashing import file_sha256
 from pipeline.lake import Lake
 from pipeline.lake_reader import Reader
 from pipeline.models import model_folder
+from pipeline.set_aside import set_aside as set_aside_files
 from pipeline.tokenization import load_tokenizer
 
 # Versions that were resolved and run together; others may work and are named.
@@ -39,6 +40,20 @@ TESTED = {
     "math-verify": "0.9.0",
 }
 LOW_DISK_BYTES = 2**30
+DAMAGE_CURE = (
+    "Restore it from a backup: copy it back to this path. Without one, `echomine doctor --set-aside` "
+    "takes it out, so that everything else works on."
+)
+# How the rows of a table come back whose data file was set aside.
+RETURNS = {
+    "rollouts": "Import the dumps they came from again, or a backup's copy of this file (`echomine import "
+    "rollouts COPY --format canonical --tokenizer DIR`); only what is lost is added. Then mine.",
+    "prompts": "Import the dumps they came from again.",
+    "verdicts": "Run `echomine reverify`: until then clips that they withdrew count again.",
+    "echo_clips": "Mine again as it was mined (`echomine mine`): the same clips come back.",
+    "scorings": "Run `echomine score --rescore` to know again whose entropies these are.",
+    "quarantine": "Import the dumps again to have their refused rows named again.",
+}
 
 
 @dataclass(frozen=True)
@@ -48,9 +63,13 @@ class Finding:
     text: str
 
 
-def examine(config: NightlyConfig, lake: Path) -> list[Finding]:
-    """Every finding, good and bad. Reads all data files of the lake once."""
-    return [*_packages(), *_devices(), _model(config), *examine_lake(lake)]
+def examine(config: NightlyConfig, lake: Path, set_aside: bool = False) -> list[Finding]:
+    """Every finding, good and bad. Reads all data files of the lake once.
+
+    Args:
+        set_aside: takes damaged data files out of the lake first.
+    """
+    return [*_packages(), *_devices(), _model(config), *examine_lake(lake, set_aside)]
 
 
 def _packages() -> Iterator[Finding]:
@@ -88,17 +107,19 @@ def _model(config: NightlyConfig) -> Finding:
     )
 
 
-def examine_lake(folder: Path) -> Iterator[Finding]:
-    """What there is to say of a lake: checksums, counts, references, exported files, disk."""
+def examine_lake(folder: Path, set_aside: bool = False) -> Iterator[Finding]:
+    """What there is to say of a lake: checksums, counts, references, exported files, disk. As `examine`."""
     try:
         if not Lake(folder.absolute()).catalog.exists():
             yield Finding("lake", True, f"none in {folder} yet; `echomine nightly` makes it")
             return
         lake = Lake.open(folder)
+        if set_aside:
+            yield from _set_aside(lake)
         with lake.reader() as reader:
             damaged = reader.verification(everything=True).damaged()
             for file in damaged:
-                yield Finding(f"file {file.path}", False, f"{file.problem}. Restore it from a backup.")
+                yield Finding(f"file {file.path}", False, f"{file.problem}. {DAMAGE_CURE}")
             if damaged:  # what else there is to ask would be answered from them
                 return
             yield Finding("data files", True, "all are as they were written (SHA-256)")
@@ -112,6 +133,27 @@ def examine_lake(folder: Path) -> Iterator[Finding]:
     yield Finding(
         "disk", not low, f"{free / 2**30:.1f} GiB free" + (". Free some before tonight." if low else "")
     )
+
+
+def _set_aside(lake: Lake) -> Iterator[Finding]:
+    files = set_aside_files(lake)
+    for file in files:
+        runs = sorted({run for run in (file.first_run, file.last_run) if run is not None})
+        of_runs = f" of {' to '.join(runs)}" if runs else ""
+        place = f"It is now {lake.folder / file.kept}." if file.kept else "Nothing of it is left."
+        back = RETURNS.get(file.table, "Only a backup of the whole lake has these rows.")
+        text = f"{file.problem}; it held {file.num_rows:,} rows{of_runs}. {place} {back}"
+        yield Finding(f"set aside {file.path}", True, text)
+    if any(file.table == "rollouts" for file in files):
+        with lake.reader() as reader:
+            lost = reader.rows(
+                "select count(*) as clips, count(distinct group_id) as groups "
+                "from echo_clips anti join rollouts using (rollout_id)"
+            )[0]
+        text = (
+            f"at least {lost['groups']:,} groups lost rollouts that {lost['clips']:,} recorded clips are of"
+        )
+        yield Finding("lost clips", True, text)
 
 
 def _contents(folder: Path, reader: Reader) -> Iterator[Finding]:

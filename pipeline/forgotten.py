@@ -11,8 +11,8 @@ import pyarrow as pa
 
 from pipeline.hashing import content_id, ids_array
 from pipeline.lake import Lake
+from pipeline.quarantine import Refused
 from pipeline.records import Prompt
-from pipeline.rollouts import Refused
 
 # All that quarantine keeps of a refused row of a forgotten prompt.
 FORGOTTEN = "the prompt was forgotten"

@@ -12,8 +12,9 @@ import pyarrow as pa
 from pipeline.forgotten import Forgotten
 from pipeline.lake import Lake
 from pipeline.lake_reader import Reader
+from pipeline.quarantine import Refused, quarantine_table
 from pipeline.records import Prompt
-from pipeline.rollouts import Refused, checked, prompt_table, quarantine_table, rollout_table
+from pipeline.rollouts import checked, prompt_table, rollout_table
 from pipeline.sqlfiles import sql_file
 
 _POLICY = ("prompt_id", "model", "policy_version")

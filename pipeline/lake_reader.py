@@ -2,38 +2,26 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Collection, Iterator, Mapping
-from pathlib import Path
-from tempfile import gettempdir
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import duckdb
 import pyarrow as pa
 
 from pipeline import schema
-from pipeline.catalog import quoted
-from pipeline.errors import LakeError, QueryError, said
-from pipeline.interrupts import stoppable
-from pipeline.query import Limits, Selection, reading_only
-from pipeline.sqlfiles import macros, params_of, relations_of, views
+from pipeline.errors import LakeError
+from pipeline.lake_query import answered
+from pipeline.query import Limits, Selection
+from pipeline.sqlfiles import macros, params_of, relations, relations_of
 from pipeline.verified import Verification
 
 if TYPE_CHECKING:
     from pipeline.lake import Lake
 
 NO_LIMITS = Limits()
-
-
 # `meta` names the runs of each group that lies in several, under this and the group's id.
 SPANNING_GROUP = "a run of group "
-
-_NEWS = """
-    select group_id, run_id
-    from ducklake_table_insertions('lake', 'main', 'rollouts', $first, $last)
-    where snapshot_id > $since
-"""
-
 
 _HISTORY = """
     select
@@ -48,14 +36,24 @@ _HISTORY = """
     group by all
 """
 
-_DATA_FILES = """
+# Of the snapshot `$snapshot`; a file that holds rows of one run alone has it as its first and its last.
+DATA_FILES = """
     select
         data.data_file_id,
         tables.table_name,
         'files/main/' || tables.table_name || '/' || parse_filename(data.path) as path,
-        data.record_count as num_rows
+        data.record_count as num_rows,
+        stats.min_value as first_run,
+        stats.max_value as last_run
     from __ducklake_metadata_lake.ducklake_data_file as data
     join __ducklake_metadata_lake.ducklake_table as tables using (table_id)
+    left join (
+        __ducklake_metadata_lake.ducklake_file_column_stats as stats
+        join __ducklake_metadata_lake.ducklake_column as columns
+            on columns.table_id = stats.table_id
+            and columns.column_id = stats.column_id
+            and columns.column_name = 'run_id'
+    ) on stats.data_file_id = data.data_file_id
     where data.begin_snapshot <= $snapshot
         and (data.end_snapshot is null or data.end_snapshot > $snapshot)
 """
@@ -68,18 +66,17 @@ class Reader:
         self.connection = connection
         self.lake = lake
         self.snapshot = snapshot
-        self._locked = False
-        self._views = dict(views())  # those that are not made yet
+        self._unmade = dict(relations())
         self._add_later_tables()
         for statement in macros():
             connection.execute(statement)
 
-    def _make_views(self, names: Collection[str]) -> None:
-        """Makes the views of these names and those they build on. To make all takes as long as to mine."""
-        for name in views() if "duckdb_views" in names else names:
-            statement = self._views.pop(name, None)
+    def _make(self, names: Collection[str]) -> None:
+        """Makes the views and table macros of these names; to make all takes as long as to mine."""
+        for name in relations() if "duckdb_views" in names else names:
+            statement = self._unmade.pop(name, None)
             if statement is not None:
-                self._make_views(relations_of(statement))
+                self._make(relations_of(statement))
                 self.connection.execute(statement)
 
     def _add_later_tables(self) -> None:
@@ -97,13 +94,13 @@ class Reader:
     def table(self, sql: str, params: Mapping[str, Any] | None = None) -> pa.Table:
         """The result of a query; of `params`, those that the text names with `$` are bound."""
         bound = {name: (params or {})[name] for name in params_of(sql)}
-        self._make_views(relations_of(sql))
+        self._make(relations_of(sql))
         return self.connection.execute(sql, bound).to_arrow_table()
 
     def batches(self, sql: str, num_rows: int, params: Mapping[str, Any] | None = None) -> Iterator[pa.Table]:
         """The result of a query, at most `num_rows` rows at a time; it is computed while it is read."""
         bound = {name: (params or {})[name] for name in params_of(sql)}
-        self._make_views(relations_of(sql))
+        self._make(relations_of(sql))
         for batch in self.connection.execute(sql, bound).to_arrow_reader(num_rows):
             yield pa.Table.from_batches([batch])
 
@@ -114,14 +111,22 @@ class Reader:
     def materialize(self, name: str, sql: str, params: Mapping[str, Any]) -> None:
         """Keeps a query's result as the temporary relation `name` for the queries that build on it."""
         bound = {param: params[param] for param in params_of(sql)}
-        self._make_views(relations_of(sql))
+        self._make(relations_of(sql))
         self.connection.execute(f'create or replace temp table "{name}" as {sql}', bound)
 
     def materialize_rows(self, name: str, rows: pa.Table) -> None:
         """Keeps Arrow rows as the temporary relation `name`."""
-        self.connection.register("incoming", rows)
-        self.connection.execute(f'create or replace temp table "{name}" as from incoming')
-        self.connection.unregister("incoming")
+        with self.relation("incoming", rows):
+            self.connection.execute(f'create or replace temp table "{name}" as from incoming')
+
+    @contextmanager
+    def relation(self, name: str, rows: pa.Table) -> Iterator[None]:
+        """Arrow rows as the relation `name` where they are, for as long as the block runs."""
+        self.connection.register(name, rows)
+        try:
+            yield
+        finally:
+            self.connection.unregister(name)
 
     def data_snapshot(self) -> int:
         """The snapshot of the last change to rollouts or their verdicts: what a mining here really mines.
@@ -131,42 +136,6 @@ class Reader:
         sql = f"select max(snapshot) as n from ({_HISTORY}) where changed_rollouts and snapshot <= $snapshot"
         return self.rows(sql, {"snapshot": self.snapshot})[0]["n"] or 0
 
-    def touched_groups(self, since_snapshot: int) -> pa.Table:
-        """[group_id] of the groups that got rollouts after `since_snapshot`."""
-        if since_snapshot >= self.snapshot:
-            return pa.table({"group_id": pa.array([], pa.string())})
-        return self.table(f"select distinct group_id from ({_NEWS})", self._news_params(since_snapshot))
-
-    def touched_runs(self, since_snapshot: int) -> tuple[str, str] | None:
-        """The first and last run, by name, of all rollouts of the groups touched after `since_snapshot`.
-
-        A night's run has only files of its own, so this spares a mining the others. None: any run.
-        """
-        if since_snapshot >= self.snapshot:
-            return None
-        bounds = self.rows(
-            f"""
-            with
-            news as (select distinct group_id, run_id from ({_NEWS})),
-            runs as (
-                select run_id from news
-                union all
-                select meta.value from meta join news on meta.key = $spanning || news.group_id
-            )
-            select min(run_id) as first, max(run_id) as last, bool_or(run_id is null) as unknown from runs
-            """,
-            self._news_params(since_snapshot) | {"spanning": SPANNING_GROUP},
-        )[0]
-        return None if bounds["unknown"] or bounds["first"] is None else (bounds["first"], bounds["last"])
-
-    def _news_params(self, since_snapshot: int) -> dict[str, int]:
-        # Changes are asked for from a snapshot on that is there; the one after may have expired.
-        first = self.rows(
-            "select max(snapshot_id) as n from ducklake_snapshots('lake') where snapshot_id <= $since + 1",
-            {"since": since_snapshot},
-        )[0]["n"]
-        return {"first": first, "last": self.snapshot, "since": since_snapshot}
-
     def data_files(self, runs: tuple[str, str] | None = None) -> set[str]:
         """The snapshot's data files, as paths relative to the lake's folder.
 
@@ -175,15 +144,9 @@ class Reader:
         """
         rows = self.rows(
             f"""
-            select path from ({_DATA_FILES})
-            left join (
-                select stats.data_file_id, stats.min_value, stats.max_value
-                from __ducklake_metadata_lake.ducklake_file_column_stats as stats
-                join __ducklake_metadata_lake.ducklake_column as columns using (table_id, column_id)
-                where columns.column_name = 'run_id'
-            ) as runs using (data_file_id)
+            select path from ({DATA_FILES})
             where $first is null
-                or (table_name = 'rollouts' and coalesce(max_value >= $first and min_value <= $last, true))
+                or (table_name = 'rollouts' and coalesce(last_run >= $first and first_run <= $last, true))
             """,
             {"snapshot": self.snapshot, "first": runs and runs[0], "last": runs and runs[1]},
         )
@@ -192,7 +155,7 @@ class Reader:
     def unrecorded_files(self) -> list[tuple[str, str, int]]:
         """Path, table and number of rows of the data files without a SHA-256 in `files`."""
         rows = self.rows(
-            f"select path, table_name, num_rows from ({_DATA_FILES}) "
+            f"select path, table_name, num_rows from ({DATA_FILES}) "
             "where path not in (select files.path from files) order by path",
             {"snapshot": self.snapshot},
         )
@@ -219,7 +182,12 @@ class Reader:
         """
         hashes = (newest or self).recorded_hashes()
         files = self.data_files(runs) if only is None else set(only)
-        known = {path: hashes[path] for path in files if path in hashes}
+        # A file that was merged moments ago may have no hash yet; that it is there can be told.
+        known = {
+            path: hashes.get(path, "")
+            for path in files
+            if path in hashes or not (self.lake.folder / path).is_file()
+        }
         return Verification(self.lake.folder, known, everything)
 
     def history(self) -> list[dict[str, Any]]:
@@ -236,55 +204,5 @@ class Reader:
             QueryError: it is wrong, would write, reaches for other files, or takes more than it may.
             KeyboardInterrupt: the user stopped it; the session can go on.
         """
-        self._make_views(views())
-        checked = reading_only(self.connection, sql)
-        with stoppable(self.connection.interrupt, limits.timeout_seconds) as stopped:
-            try:
-                self._lock_down(limits.memory)
-                return _answer(self.connection.execute(checked), limits.max_rows)
-            except duckdb.InterruptException as error:
-                if stopped.by_user:
-                    raise KeyboardInterrupt from error
-                raise QueryError(
-                    f"The query took longer than {limits.timeout_seconds:g} s and was stopped. "
-                    "Ask for less, or give it more with --timeout."
-                ) from error
-            except duckdb.OutOfMemoryException as error:
-                raise QueryError(
-                    f"The query needs more memory than {limits.memory or 'there is'}. "
-                    "Ask for less, or give it more with --memory-limit."
-                ) from error
-            except duckdb.Error as error:
-                raise QueryError(
-                    f"The query failed: {said(error)}. Mend it; `describe` names a relation's columns."
-                ) from error
-
-    def _lock_down(self, memory: str | None) -> None:
-        """From here on the session reaches this lake's data files only; it cannot be undone."""
-        if self._locked:
-            return
-        # What does not fit into memory goes aside, by default into the folder the user stands in.
-        aside = Path(gettempdir()) / f"echomine-{uuid.uuid4().hex}"
-        self.connection.execute(f"set temp_directory = '{quoted(aside)}'")
-        if memory is not None:
-            self.connection.execute(f"set memory_limit = '{memory}'")
-        self.connection.execute(f"set allowed_directories = ['{quoted(self.lake.files)}/']")
-        self.connection.execute("set python_enable_replacements = false")  # our own variables are no tables
-        self.connection.execute("set enable_external_access = false; set lock_configuration = true")
-        self._locked = True
-
-
-def _answer(result: duckdb.DuckDBPyConnection, max_rows: int | None) -> Selection:
-    names = [column[0] for column in result.description]
-    if max_rows is None:
-        return Selection(names, result.to_arrow_table())
-    reader = result.to_arrow_reader(max_rows + 1)
-    batches, num_rows = list[pa.RecordBatch](), 0
-    while num_rows <= max_rows:
-        try:
-            batches.append(reader.read_next_batch())
-        except StopIteration:
-            break
-        num_rows += batches[-1].num_rows
-    table = pa.Table.from_batches(batches, reader.schema)
-    return Selection(names, table.slice(0, max_rows), cut_off=num_rows > max_rows)
+        self._make(relations())
+        return answered(self.connection, self.lake.files, sql, limits)

@@ -22,7 +22,9 @@ from pipeline import schema, verified
 from pipeline.config import MaintainConfig
 from pipeline.errors import LakeError
 from pipeline.hashing import file_sha256
+from pipeline.holds import held
 from pipeline.lake import Lake
+from pipeline.lake_upkeep import delete_orphans, maintained
 from pipeline.parquet import ROW_GROUP_ROWS
 from pipeline.sqlfiles import sql_file
 
@@ -83,7 +85,7 @@ def merge_small_files(lake: Lake, config: MaintainConfig, dry_run: bool = False)
     """
     limit = config.merge_below_mib * MIB
     with lake.reader() as reader:
-        small = {path for path in reader.data_files() if (lake.folder / path).stat().st_size < limit}
+        small = {path for path in reader.data_files() if _num_bytes(lake.folder / path) < limit}
         if not _mergeable(small):
             return 0
         if dry_run:
@@ -92,15 +94,21 @@ def merge_small_files(lake: Lake, config: MaintainConfig, dry_run: bool = False)
     if damaged:
         raise LakeError(
             f"{damaged[0].path} in {lake.folder} {damaged[0].problem} ({len(damaged)} such files). "
-            "Restore it from a backup, then run `echomine maintain` again; nothing was merged."
+            "Restore it from a backup, or set it aside with `echomine doctor --set-aside`, then run "
+            "`echomine maintain` again; nothing was merged."
         )
-    with lake.maintained() as connection:
+    with maintained(lake) as connection:
         for option, value in PARQUET_OPTIONS.items():
             connection.execute("call ducklake_set_option('lake', ?, ?)", [option, value])
         done = connection.execute(
             "call ducklake_merge_adjacent_files('lake', max_file_size => ?)", [limit]
         ).fetchall()
     return sum(num_files for _, _, num_files, _ in done)
+
+
+def _num_bytes(path: Path) -> int:
+    """A missing file counts as a small one, so that it is found damaged."""
+    return path.stat().st_size if path.exists() else 0
 
 
 def _mergeable(paths: set[str]) -> bool:
@@ -143,13 +151,13 @@ def expire_snapshots(lake: Lake, config: MaintainConfig, dry_run: bool = False) 
     Returns:
         how many were forgotten.
     """
-    with lake.maintained() as connection:
+    with maintained(lake) as connection:
         with lake.reader() as reader:
             history = reader.history()
             since = datetime.now(UTC) - timedelta(days=config.retention_days)
             named = reader.rows(sql_file("maintenance/named_snapshots"), {"named_since": since})
         kept = {history[0]["snapshot"], history[-1]["snapshot"]}
-        kept |= {row["snapshot"] for row in named} | set(_nights(lake, since)) | lake.held_snapshots()
+        kept |= {row["snapshot"] for row in named} | set(_nights(lake, since)) | held(lake.folder)
         recent = datetime.now(UTC) - timedelta(hours=config.grace_hours)
         for row, after in pairwise(history):
             if after["created_at"] >= recent:
@@ -183,10 +191,10 @@ def delete_unnamed_files(lake: Lake, config: MaintainConfig, dry_run: bool = Fal
         that were killed over an hour ago.
     """
     oldest = datetime.now(UTC) - timedelta(hours=config.grace_hours)
-    with lake.maintained() as connection:
+    with maintained(lake) as connection:
         deleted = connection.execute(
             "call ducklake_cleanup_old_files('lake', older_than => ?, dry_run => ?)", [oldest, dry_run]
         ).fetchall()
     if deleted and not dry_run:
         verified.forget(lake.folder, [str(Path(path).relative_to(lake.folder)) for (path,) in deleted])
-    return len(deleted), lake.delete_orphans(dry_run=dry_run)
+    return len(deleted), delete_orphans(lake, dry_run=dry_run)

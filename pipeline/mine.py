@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -18,8 +18,12 @@ from pipeline.errors import LakeError, MiningError
 from pipeline.hashing import content_id
 from pipeline.lake import MERGED_FILE, Lake
 from pipeline.lake_reader import Reader
-from pipeline.sqlfiles import macros, sql_file
+from pipeline.news import touched_groups, touched_runs
+from pipeline.sqlfiles import macros, relations, sql_file
 from pipeline.verified import Verification
+
+if TYPE_CHECKING:
+    from pipeline.resplit import Resplitter
 
 STAGES = (
     "group_classes",
@@ -62,23 +66,31 @@ def mine(
     snapshot: int | None = None,
     since_snapshot: int | None = None,
     run_id: str | None = None,
+    tokenizer: Callable[[], Any] | None = None,
 ) -> Mining:
     """Mines a snapshot and records the clips. The same mining of the same rollouts is done once.
 
     Args:
         snapshot: of the lake, by default the newest.
-        since_snapshot: only groups that got rollouts after it, with all their rollouts.
-        run_id: only groups of this run.
+        since_snapshot: only groups that got rollouts after it, or whose rewards a verdict changed, with
+            all their rollouts.
+        run_id: only rollouts of this run; of a group that lies in several, what this one holds.
+        tokenizer: gives the one that sampled the rollouts; called only if they are split again.
 
     Raises:
-        MiningError: entropies of several kinds, or by several judges, would be ranked together.
+        MiningError: entropies of several kinds, or by several judges, would be ranked together, or successes
+            to split again are of another tokenizer.
         LakeError: a data file that is met for the first time is damaged.
     """
     started = time.monotonic()
+    splitting = resplitter(config, tokenizer)
     with lake.reader(snapshot) as reader, _newest(lake, reader, snapshot) as newest:
         data_snapshot = reader.data_snapshot()
-        sql_hash = content_id(*macros(), *(sql_file(f"mining/{stage}") for stage in STAGES))
+        stages = STAGES if splitting is None else (*STAGES, *splitting.stages)
+        texts = (sql_file(f"mining/{stage}") for stage in stages)
+        sql_hash = content_id(*macros(), relations()["current_verdicts"], *texts)
         settings = config.model_dump(mode="json") | {"since_snapshot": since_snapshot, "run_id": run_id}
+        settings |= {} if splitting is None else splitting.settings
         # The files' content, so that minings of two lakes never share a name; as they were committed, so
         # that merging them makes no other mining of it.
         files = reader.rows(
@@ -92,10 +104,10 @@ def mine(
             lake.touch_mining(mining_id)
             return known
         _refuse_unknown_scope(reader, since_snapshot, run_id)
-        runs = None if since_snapshot is None else reader.touched_runs(since_snapshot)
+        runs = None if since_snapshot is None else touched_runs(reader, since_snapshot)
         verification = reader.verification(runs, newest=newest)
         try:
-            groups, dropped, clips = decide(reader, config, since_snapshot, run_id, runs)
+            groups, dropped, clips = decide(reader, config, since_snapshot, run_id, runs, splitting)
         finally:
             _refuse_damage(lake, verification)  # which says more than what a query makes of a damaged file
 
@@ -129,11 +141,13 @@ def decide(
     since_snapshot: int | None,
     run_id: str | None,
     runs: tuple[str, str] | None = None,
+    splitting: Resplitter | None = None,
 ) -> tuple[dict[str, int], dict[str, int], pa.Table]:
     """Runs the stages one after the other; writes nothing. The arguments are those of `mine`.
 
     Args:
         runs: the first and last run that rollouts of touched groups are of; None: any.
+        splitting: splits the successes again.
 
     Returns:
         groups by class, drops by reason, and the kept clips in rank order.
@@ -146,11 +160,13 @@ def decide(
         "last_run": last_run,
     }
     since = reader.snapshot if since_snapshot is None else since_snapshot  # none is touched after the last
-    reader.materialize_rows("touched_groups", reader.touched_groups(since))
+    reader.materialize_rows("touched_groups", touched_groups(reader, since))
     for stage in STAGES:
         reader.materialize(stage, sql_file(f"mining/{stage}"), params)
         if stage == "successes":
             _refuse_mixed_entropies(reader)
+            if splitting is not None:
+                splitting.resplit(reader, params)
         if stage == "twin_clips":
             twins = [row["rollout_id"] for row in reader.rows("select rollout_id from twin_clips")]
             params["few_twins"] = twins if len(twins) <= FEW_TWINS else None
@@ -173,6 +189,20 @@ def decide(
 def recorded_settings(recorded: Mapping[str, Any]) -> dict[str, Any]:
     """Of what a mining's column `config` says the settings, by the names that `MiningConfig` still has."""
     return {key: recorded[key] for key in MiningConfig.model_fields if key in recorded}
+
+
+def resplitter(config: MiningConfig, tokenizer: Callable[[], Any] | None) -> Resplitter | None:
+    """What splits successes again, if the settings ask for it; see `mine`."""
+    if config.delimiter is None:
+        return None
+    if tokenizer is None:
+        raise MiningError(
+            "Steps are split again by the text of their tokens, and no tokenizer is given. "
+            "Give the tokenizer that sampled the rollouts."
+        )
+    from pipeline.resplit import Resplitter  # with transformers, whose import takes longer than a mining
+
+    return Resplitter(tokenizer(), config.delimiter)
 
 
 def _counts(reader: Reader, sql: str) -> dict[str, int]:
@@ -249,7 +279,12 @@ def _newest(lake: Lake, reader: Reader, snapshot: int | None) -> AbstractContext
 
 
 def _recorded(newest: Reader, mining_id: str) -> Mining | None:
-    rows = newest.rows("select * from mining_runs where mining_id = $id", {"id": mining_id})
+    # one whose clips were lost with a data file is mined again
+    rows = newest.rows(
+        "select * from mining_runs where mining_id = $id "
+        "and num_clips <= (select count(*) from echo_clips where mining_id = $id)",
+        {"id": mining_id},
+    )
     if not rows:
         return None
     row = rows[0]
@@ -261,5 +296,6 @@ def _refuse_damage(lake: Lake, verification: Verification) -> None:
     if damaged:
         raise LakeError(
             f"{damaged[0].path} in {lake.folder} {damaged[0].problem} ({len(damaged)} such files). "
-            "Restore it from a backup, then mine again; nothing was mined."
+            "Restore it from a backup, or set it aside with `echomine doctor --set-aside`, then mine again; "
+            "nothing was mined."
         )

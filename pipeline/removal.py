@@ -6,7 +6,6 @@ import sqlite3
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
@@ -14,29 +13,24 @@ from pipeline import schema
 from pipeline.catalog import BUSY_TIMEOUT_MS, SqliteCatalog
 from pipeline.errors import LakeError
 from pipeline.lake import Lake
-
-if TYPE_CHECKING:
-    import duckdb
+from pipeline.lake_upkeep import end_older_snapshots
+from pipeline.lake_writer import Writer
 
 
 def remove_rows(
-    lake: Lake,
-    connection: duckdb.DuckDBPyConnection,
-    written: list[Path],
-    keys: Mapping[str, tuple[str, set[str]]],
-    remembered: pa.Table,
+    writer: Writer, keys: Mapping[str, tuple[str, set[str]]], remembered: pa.Table
 ) -> dict[str, int]:
-    """Within a transaction: deletes rows, and writes the data files that held them again without them.
+    """In one transaction: deletes rows, and writes the data files that held them again without them.
 
     Args:
-        written: gets the files that are written.
         keys: by table, a column and its values; rows with one of them go.
         remembered: rows of `forgotten_prompts` to add.
 
     Returns:
         the number of deleted rows by table.
     """
-    connection.execute("begin")
+    connection = writer.connection
+    writer.begin()
     deleted: dict[str, int] = {}
     for name, (column, values) in keys.items():
         connection.register("gone", pa.table({"key": pa.array(sorted(values), pa.string())}))
@@ -44,8 +38,8 @@ def remove_rows(
         row = connection.execute(f'select count(*) from "{name}" where {going}').fetchone()
         assert row is not None
         deleted[name] = row[0]
-        for filename in _files_to_rewrite(connection, name, going):
-            _rewrite(lake, connection, written, name, filename, going)
+        for filename in _files_to_rewrite(writer, name, going):
+            _rewrite(writer, name, filename, going)
         connection.execute(f'delete from "{name}" where {going}')
         connection.unregister("gone")
     connection.register("incoming", remembered)
@@ -57,9 +51,9 @@ def remove_rows(
     return deleted
 
 
-def _files_to_rewrite(connection: duckdb.DuckDBPyConnection, name: str, going: str) -> list[str]:
+def _files_to_rewrite(writer: Writer, name: str, going: str) -> list[str]:
     """Data files with rows that go, or that were deleted before: their bytes are still in the file."""
-    rows = connection.execute(
+    rows = writer.connection.execute(
         f"""
         with held as (
             select filename, count(*) as num_rows, count(*) filter (where {going}) as num_going
@@ -77,23 +71,16 @@ def _files_to_rewrite(connection: duckdb.DuckDBPyConnection, name: str, going: s
     return [filename for (filename,) in rows]
 
 
-def _rewrite(
-    lake: Lake,
-    connection: duckdb.DuckDBPyConnection,
-    written: list[Path],
-    name: str,
-    filename: str,
-    going: str,
-) -> None:
+def _rewrite(writer: Writer, name: str, filename: str, going: str) -> None:
     """Puts another data file in the place of one, without the rows that are `going`."""
-    columns = schema.TABLES[name]
+    columns, connection = schema.TABLES[name], writer.connection
     kept = connection.execute(
         f'select * from "{name}" where filename = ? and not ({going})', [filename]
     ).to_arrow_table()
     connection.execute(f'delete from "{name}" where filename = ?', [filename])
-    connection.execute("delete from files where path = ?", [str(Path(filename).relative_to(lake.folder))])
+    connection.execute("delete from files where path = ?", [str(Path(filename).relative_to(writer.folder))])
     if kept.num_rows:
-        lake.add_file(connection, name, kept.select(columns.names).cast(columns), written)
+        writer.add_file(name, kept.select(columns.names).cast(columns))
 
 
 def refuse_other_catalogs(lake: Lake) -> None:
@@ -115,8 +102,8 @@ def purge_catalog(lake: Lake) -> None:
         LakeError: another process holds the catalog, or a file cannot be deleted. Run it again then.
     """
     assert isinstance(lake.catalog, SqliteCatalog)
-    lake.end_older_snapshots()
-    bounds = lake.text_bounds()
+    end_older_snapshots(lake)
+    bounds = _text_bounds(lake)
     try:
         with closing(sqlite3.connect(lake.catalog.path, timeout=BUSY_TIMEOUT_MS / 1000)) as catalog:
             with catalog:
@@ -129,6 +116,17 @@ def purge_catalog(lake: Lake) -> None:
         raise LakeError(_unfinished(lake, str(error))) from error
     if busy:
         raise LakeError(_unfinished(lake, "another process reads it"))
+
+
+def _text_bounds(lake: Lake) -> dict[tuple[str, str], tuple[str, str]]:
+    """Smallest and greatest value of each text column that holds any, by (table, column)."""
+    bounds = {}
+    with lake.reader() as reader:
+        for name, columns in schema.TABLES.items():
+            for column in (field.name for field in columns if field.type == pa.string()):
+                row = reader.rows(f'select min("{column}") as a, max("{column}") as z from lake."{name}"')[0]
+                bounds[name, column] = row["a"], row["z"]
+    return bounds
 
 
 def _unfinished(lake: Lake, why: str) -> str:

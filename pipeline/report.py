@@ -21,6 +21,7 @@ from pipeline.errors import LakeError, MiningError
 from pipeline.lake import Lake
 from pipeline.lake_reader import Reader
 from pipeline.mine import WHOLE_LAKE, recorded_settings
+from pipeline.news import touched_groups
 from pipeline.pages import page_template, write_page
 from pipeline.report_clips import NUM_SHADES, clip_views
 from pipeline.report_text import number, percent
@@ -106,7 +107,7 @@ def _mining(reader: Reader, mining_id: str) -> dict[str, Any]:
 
 def _classify(reader: Reader, params: Mapping[str, Any]) -> None:
     """Classes all groups of the lake by the rules of this mining, so that nights compare."""
-    reader.materialize_rows("touched_groups", reader.touched_groups(reader.snapshot))
+    reader.materialize_rows("touched_groups", touched_groups(reader, reader.snapshot))
     every_run = dict(params) | WHOLE_LAKE
     reader.materialize("group_classes", sql_file("mining/group_classes"), every_run)
 

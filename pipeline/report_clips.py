@@ -11,7 +11,8 @@ import numpy as np
 from markupsafe import Markup
 
 from pipeline.report_text import with_newlines_marked
-from pipeline.tokenization import token_texts, tokenizer_hash
+from pipeline.steps import mean_step_entropies
+from pipeline.tokenization import completion_step_ends, token_texts, tokenizer_hash
 
 NUM_SHADES = 10  # besides shade 0, which is none
 _SURE_NATS = 0.1  # the darkest shade stands for at least this much, however sure the model is
@@ -73,14 +74,31 @@ def _clip(row: Mapping[str, Any], tokenizer: Any, known_hash: str, darkest: floa
         _token(text, entropy, logprob, darkest)
         for text, entropy, logprob in zip(texts, row["completion_entropies"], logprobs, strict=True)
     ]
-    starts = [0, *row["step_ends"][:-1]]
+    first, ends, entropies = _steps(row, tokenizer, decoded)
     steps = tuple(
         Step(index + 1, entropy, _place(index, row["step_index"]), tuple(tokens[start:end]))
         for index, (start, end, entropy) in enumerate(
-            zip(starts, row["step_ends"], row["step_entropies"], strict=True)
+            zip([0, *ends[:-1]], ends, entropies, strict=True), first
         )
     )
     return Clip(row, _messages(row, tokenizer, decoded), steps, decoded)
+
+
+def _steps(
+    row: Mapping[str, Any], tokenizer: Any, decoded: bool
+) -> tuple[int, Sequence[int], Sequence[float | None]]:
+    """The mining's steps as the index of the first that is drawn, and the ends and entropies of the drawn."""
+    chosen = row["step_index"]
+    if row["delimiter"] is None:
+        return 0, row["step_ends"], row["step_entropies"]
+    if decoded:
+        ends = completion_step_ends(tokenizer, row["completion_ids"], row["delimiter"])
+        nats = np.array(row["completion_entropies"], np.float32)
+        means = mean_step_entropies(nats, np.array(ends, np.int32), np.zeros(len(ends), np.int64))
+        return 0, ends, means.tolist()
+    if chosen + 1 == row["num_steps"]:
+        return chosen, [row["clip_tokens"]], [row["step_entropy"]]
+    return chosen, [row["clip_tokens"], len(row["completion_ids"])], [row["step_entropy"], None]
 
 
 def _in_vocabulary(row: Mapping[str, Any], tokenizer: Any) -> bool:

@@ -18,6 +18,7 @@ from pipeline.config import SamplingConfig
 from pipeline.flat_lists import Lists
 from pipeline.hashing import rollout_id
 from pipeline.precision import FLOAT32_BITS, rounded
+from pipeline.quarantine import Refused
 from pipeline.records import Group, Judgement, Policy, Prompt, Run, group_id
 from pipeline.steps import SPLITTER, StepSpanError, mean_step_entropies
 from pipeline.tokenization import completion_step_ends, completion_text
@@ -33,20 +34,11 @@ class Sampled:
     policy: Policy
     sampling: SamplingConfig
     logprobs_kind: str
-    entropy_kind: str
+    entropy_kind: str | None
     verifier: str
     verifier_version: str
     entropy_bits: int = FLOAT32_BITS
     logprob_bits: int = FLOAT32_BITS
-
-
-@dataclass(frozen=True)
-class Refused:
-    """A row that does not enter the lake, and why."""
-
-    reason: str
-    source: str
-    row: dict[str, Any]
 
 
 def rollout_rows(
@@ -200,26 +192,6 @@ def _step_entropies(row: dict[str, Any]) -> Any:
     return mean_step_entropies(entropies, ends, np.zeros(len(ends), dtype=np.int64))
 
 
-def quarantine_table(refused: Sequence[Refused]) -> pa.Table:
-    """Refused rows as the table `quarantine`; the row itself is kept as JSON."""
-    now = datetime.now(UTC)
-    return pa.Table.from_pylist(
-        [
-            {
-                "reason": item.reason,
-                "source": item.source,
-                "run_id": _text(item.row.get("run_id")),
-                "group_id": _text(item.row.get("group_id")),
-                "sample_index": _small_integer(item.row.get("sample_index")),
-                "row": json.dumps(_jsonable({k: v for k, v in item.row.items() if k != "created_at"})),
-                "created_at": now,
-            }
-            for item in refused
-        ],
-        schema.QUARANTINE,
-    )
-
-
 def prompt_table(prompts: Sequence[Prompt]) -> pa.Table:
     now = datetime.now(UTC)
     return pa.Table.from_pylist(
@@ -246,25 +218,3 @@ def stored_prompt(row: Mapping[str, Any]) -> Prompt:
         row["data_source"] or "",
         json.loads(row["extra_info"] or "{}"),
     )
-
-
-def _text(value: Any) -> str | None:
-    # Half a surrogate pair, which JSON can spell and UTF-8 cannot, is kept as its escape.
-    return None if value is None else str(value).encode("utf-8", "backslashreplace").decode()
-
-
-def _small_integer(value: Any) -> int | None:
-    return int(value) if isinstance(value, int | np.integer) and abs(int(value)) < 2**31 else None
-
-
-def _jsonable(value: Any) -> Any:
-    """What JSON can hold; NaN and infinities, which it cannot, become text."""
-    if isinstance(value, np.ndarray | np.generic):
-        return _jsonable(value.tolist())
-    if isinstance(value, dict):
-        return {str(key): _jsonable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_jsonable(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)

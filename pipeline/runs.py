@@ -15,6 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerFast
+
 from pipeline.config import NightlyConfig
 from pipeline.hashing import content_id
 from pipeline.ingest import Ingested, ingest
@@ -53,6 +55,9 @@ class NightRun:
 
     def lake(self) -> Lake:
         return Lake.open(self.lake_folder)
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        return load_tokenizer(self.model_folder)
 
 
 def open_run(config: NightlyConfig, lake_folder: Path, today: date | None = None) -> NightRun:
@@ -125,7 +130,7 @@ def verify(run: NightRun, path: Path) -> Path:
     if is_judged(path):
         return path
     groups, _ = staged(path, {prompt.prompt_id: prompt for prompt in run.prompts()})
-    tokenizer = load_tokenizer(run.model_folder)
+    tokenizer = run.tokenizer()
     with VerifierPool(run.config.verify) as pool:
         texts = [[completion_text(tokenizer, s.completion_ids.tolist()) for s in g.samples] for g in groups]
         judgements = pool.judge(groups, texts)
@@ -149,7 +154,7 @@ def commit(run: NightRun, path: Path) -> Ingested:
         run.config.engine.entropy_bits,
         run.config.engine.logprob_bits,
     )
-    rows, refused = rollout_rows(sampled, groups, judgements, load_tokenizer(run.model_folder))
+    rows, refused = rollout_rows(sampled, groups, judgements, run.tokenizer())
     done = ingest(run.lake(), rows, [run.run_id] * len(rows), [group.prompt for group in groups], refused)
     update_facts(run, snapshot=None)
     path.unlink()

@@ -244,7 +244,7 @@ class _Scorer:
         }
         columns = {name: [value] * rows.num_rows for name, value in note.items()}
         scorings = pa.table({"rollout_id": rows["rollout_id"], **columns}, schema.SCORINGS)
-        self.lake.replace_rollouts(rows, scorings)
-        self.done = replace(self.done, scored=self.done.scored + rows.num_rows)
+        scored = self.lake.replace_rollouts(rows, scorings)
+        self.done = replace(self.done, scored=self.done.scored + scored)
         if self.progress is not None:
             self.progress(self.done.scored)

@@ -9,6 +9,7 @@ from pathlib import Path
 from pipeline.errors import QueryError, nearest
 
 SQL_FOLDER = Path(__file__).resolve().parent.parent / "sql"
+_TABLE_MACRO = re.compile(r"^create or replace temp macro (\w+)\([^)]*\) as table$", re.MULTILINE)
 
 
 @cache
@@ -26,15 +27,17 @@ def params_of(sql: str) -> tuple[str, ...]:
 
 @cache
 def macros() -> tuple[str, ...]:
-    """The statements of `sql/macros.sql`."""
-    return tuple(part for part in sql_file("macros").split(";\n") if part.strip())
+    """The statements of `sql/macros.sql` that make functions of values."""
+    return tuple(part for part in _all_macros() if not _TABLE_MACRO.search(part))
 
 
 @cache
-def views() -> dict[str, str]:
-    """A `create temp view` for each file of `sql/views/` by its name, in the order of their numbers."""
+def relations() -> dict[str, str]:
+    """By name what makes each view of `sql/views/`, and each macro that stands where a relation does."""
     files = sorted((SQL_FOLDER / "views").glob("*.sql"))
-    return {_relation(f): f'create or replace temp view "{_relation(f)}" as {f.read_text()}' for f in files}
+    made = {_relation(f): f'create or replace temp view "{_relation(f)}" as {f.read_text()}' for f in files}
+    tables = {found[1]: part for part in _all_macros() if (found := _TABLE_MACRO.search(part))}
+    return made | tables
 
 
 @cache
@@ -65,11 +68,13 @@ def example(name: str) -> str:
 
 
 @cache
-def table_macros() -> tuple[str, ...]:
+def table_macros() -> frozenset[str]:
     """The names of the macros that stand where a relation does."""
-    return tuple(
-        re.findall(r"^create or replace temp macro (\w+)\([^)]*\) as table$", sql_file("macros"), re.M)
-    )
+    return frozenset(found[1] for part in _all_macros() if (found := _TABLE_MACRO.search(part)))
+
+
+def _all_macros() -> list[str]:
+    return [part for part in sql_file("macros").split(";\n") if part.strip()]
 
 
 def _summary(sql: str) -> str:

@@ -14,10 +14,18 @@ from numpy.typing import NDArray
 from pipeline.errors import EchoMineError
 
 DELIMITER = "\n"
-SPLITTER = "newline-1"  # recorded beside each rollout; a changed rule gets another number
+_RULE = 1  # a changed rule gets another number
 
 # What the rule asks of one token, as bits. Special tokens have none.
 CONTENT, LEADS, TRAILS, BLANK = 1, 2, 4, 8  # content; delimiter before, after its content; without content
+
+
+def splitter(delimiter: str = DELIMITER) -> str:
+    """The name of the rule that splits at a delimiter, as it is recorded beside rollouts."""
+    return f"newline-{_RULE}" if delimiter == DELIMITER else f"U+{ord(delimiter):04X}-{_RULE}"
+
+
+SPLITTER = splitter()
 
 
 class StepSpanError(EchoMineError):
@@ -44,7 +52,7 @@ def step_ends(
     Args:
         token_texts: [T] what each token adds to the decoded completion.
         special_positions: positions of special tokens.
-        delimiter: one character.
+        delimiter: one white-space character.
 
     Returns:
         [S] exclusive ends, strictly increasing, the last equal to T; empty for no tokens.
@@ -79,8 +87,9 @@ def step_ends_of_all(
         [S] exclusive ends within each completion, completions one after the other, and [R] their numbers.
     """
     lengths = np.diff(offsets)
-    content = np.flatnonzero(flags & CONTENT)
-    holders = np.flatnonzero(flags & (TRAILS | BLANK))  # tokens with a delimiter in the gap after content
+    near = _near_gaps(flags)
+    content = near[(flags[near] & CONTENT) > 0]
+    holders = near[(flags[near] & (TRAILS | BLANK)) > 0]  # tokens with a delimiter in the gap after content
     row = np.searchsorted(offsets, content[1:], side="right") - 1
     before, after = content[:-1], content[1:]  # neighbouring content tokens, and the gap between them
     in_one_row = before >= offsets[row]
@@ -92,6 +101,18 @@ def step_ends_of_all(
     ends = np.sort(np.concatenate([inner, offsets[1:][lengths > 0]]))
     row = np.searchsorted(offsets, ends, side="left") - 1
     return np.asarray(ends - offsets[row], np.int32), np.bincount(row, minlength=len(lengths))
+
+
+def _near_gaps(flags: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Positions of the tokens that are more than content, and of their neighbours: only there can steps end.
+
+    They are few, and what is asked of each position costs ten times what is asked of each token.
+    """
+    odd = (flags & (CONTENT | LEADS | TRAILS | BLANK)) != CONTENT
+    near = odd.copy()
+    near[1:] |= odd[:-1]
+    near[:-1] |= odd[1:]
+    return np.flatnonzero(near)
 
 
 def mean_step_entropies(

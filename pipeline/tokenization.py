@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pipeline.errors import ModelError, said
 from pipeline.hashing import content_id
-from pipeline.steps import step_ends
+from pipeline.steps import DELIMITER, step_ends
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -59,11 +59,11 @@ def completion_text(tokenizer: Any, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
-def completion_step_ends(tokenizer: Any, ids: Sequence[int]) -> list[int]:
+def completion_step_ends(tokenizer: Any, ids: Sequence[int], delimiter: str = DELIMITER) -> list[int]:
     """The ends of a completion's reasoning steps, exclusive; see `steps.step_ends`."""
     special = _special_ids(tokenizer)
     positions = [i for i, token in enumerate(ids) if int(token) in special]
-    return step_ends(token_texts(tokenizer, ids), positions)
+    return step_ends(token_texts(tokenizer, ids), positions, delimiter)
 
 
 @lru_cache(maxsize=8)

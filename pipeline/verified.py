@@ -18,6 +18,8 @@ from pathlib import Path
 
 from pipeline.hashing import file_sha256
 
+MISSING = "is missing"
+CHANGED = "is not as it was written (its SHA-256 differs)"
 THREADS = 2  # hashing waits for no lock of Python's
 
 
@@ -51,13 +53,13 @@ class Verification:
 
     def damaged(self) -> list[DamagedFile]:
         """Waits for the threads; what they found right is noted."""
-        right, wrong = [], [DamagedFile(path, "is missing") for path in self._missing]
+        right, wrong = [], [DamagedFile(path, MISSING) for path in self._missing]
         for path, found in self._found.items():
             sha256, stamp = _result(found)
             if sha256 == self._expected[path]:
                 right.append((path, [sha256, *stamp]))
             else:
-                wrong.append(DamagedFile(path, "is not as it was written (its SHA-256 differs)"))
+                wrong.append(DamagedFile(path, CHANGED))
         self._pool.shutdown()
         if right:
             _note(self._folder, dict(right))

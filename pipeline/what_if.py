@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from pipeline.config import MiningConfig, validated
 from pipeline.errors import ConfigError, NothingToMine
 from pipeline.lake import Lake
 from pipeline.lake_reader import Reader
-from pipeline.mine import decide, recorded_settings
+from pipeline.mine import decide, recorded_settings, resplitter
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,11 @@ def parse_changes(text: str) -> dict[str, str | None]:
 
 
 def simulate(
-    lake: Lake, changes: Mapping[str, str | None], snapshot: int | None = None, run_id: str | None = None
+    lake: Lake,
+    changes: Mapping[str, str | None],
+    snapshot: int | None = None,
+    run_id: str | None = None,
+    tokenizer: Callable[[], Any] | None = None,
 ) -> Simulation:
     """Mines as the last mining did but for `changes`, and compares.
 
@@ -93,11 +97,13 @@ def simulate(
         changes: texts by the names of `MiningConfig`.
         snapshot: of the rollouts; by default the one that the last mining mined.
         run_id: compares with the last mining of this run; by default with the last of all.
+        tokenizer: gives the one that sampled the rollouts; called only if they are split again.
 
     Raises:
         ConfigError: no such setting, or no such value.
         NothingToMine: there is no mining to compare with.
-        MiningError: several entropy kinds would be ranked together.
+        MiningError: several entropy kinds would be ranked together, or successes to split again are
+            of another tokenizer.
         LakeError: no such snapshot.
     """
     with lake.reader() as newest:
@@ -108,8 +114,11 @@ def simulate(
         )
     recorded = json.loads(last["config"])
     config = validated(MiningConfig, recorded_settings(recorded) | dict(changes), where="--what-if")
+    splitting = resplitter(config, tokenizer)
     with lake.reader(last["snapshot"] if snapshot is None else snapshot) as reader:
-        groups, dropped, clips = decide(reader, config, recorded["since_snapshot"], last["run_id"])
+        groups, dropped, clips = decide(
+            reader, config, recorded["since_snapshot"], last["run_id"], splitting=splitting
+        )
         mined_snapshot = reader.data_snapshot()
     return Simulation(
         last["mining_id"],

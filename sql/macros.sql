@@ -59,7 +59,7 @@ gathered as (
         max(policy_version) as policy_version,
         count(*) as num_rollouts,
         var_samp(reward) as reward_variance
-    from rollouts
+    from judged_rollouts
     where origin in ('policy', 'trainer')
     group by group_id
     having max(reward) > min(reward)

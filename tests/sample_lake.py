@@ -17,8 +17,9 @@ from pipeline.config import MiningConfig
 from pipeline.hashing import content_id
 from pipeline.lake import Lake
 from pipeline.mine import mine
+from pipeline.quarantine import Refused, quarantine_table
 from pipeline.records import Prompt
-from pipeline.rollouts import Refused, prompt_table, quarantine_table, rollout_table
+from pipeline.rollouts import prompt_table, rollout_table
 from pipeline.schema import CLIP_USES, VERDICTS
 from pipeline.steps import SPLITTER
 from pipeline.tokenization import completion_step_ends, tokenizer_hash

@@ -78,12 +78,21 @@ def maintain(
     short_help="Versions, devices, the engine, the lake's health.",
     example="echomine doctor --json",
 )
-def doctor(lake: Path, config: Path | None, as_json: bool) -> None:
-    """Versions, devices, the engine, and the health of the lake; exit code 2 if something is bad."""
+@click.option(
+    "--set-aside",
+    is_flag=True,
+    help="move damaged data files into damaged/ of the lake and go on without them",
+)
+def doctor(lake: Path, config: Path | None, as_json: bool, set_aside: bool) -> None:
+    """Versions, devices, the engine, and the health of the lake; exit code 2 if something is bad.
+
+    With --set-aside the lake goes on without the data files that are damaged or missing. Their rows are lost
+    until they are imported or mined again, so first restore what a backup has.
+    """
     settings = load_config(config)
     from pipeline.doctor import examine
 
-    findings = examine(settings, lake)
+    findings = examine(settings, lake, set_aside)
     if as_json:
         print_json({finding.name: {"ok": finding.ok, "finding": finding.text} for finding in findings})
     else:

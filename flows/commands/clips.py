@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,14 @@ import click
 from flows.commands.group import lake_command
 from flows.commands.output import counted, print_json
 from flows.options import (
+    chosen_tokenizer,
     model_option,
     night_settings,
     prompts_option,
     run_option,
     section_options,
     snapshot_option,
+    tokenizer_option,
     verifier_option,
 )
 from pipeline.config import MiningConfig, TrainConfig, load_config
@@ -30,9 +34,12 @@ from pipeline.errors import NothingToMine
 @section_options(MiningConfig)
 @snapshot_option
 @click.option(
-    "--since-snapshot", type=click.IntRange(min=0), help="only groups touched since, with all their rollouts"
+    "--since-snapshot",
+    type=click.IntRange(min=0),
+    help="only groups with rollouts or changed rewards since, with all their rollouts",
 )
-@run_option("groups")
+@run_option("rollouts")
+@tokenizer_option
 @click.option(
     "--what-if",
     metavar="NAME=VALUE,…",
@@ -45,21 +52,36 @@ def mine(
     snapshot: int | None,
     since_snapshot: int | None,
     run_id: str | None,
+    tokenizer: Path | None,
     what_if: str | None,
     **options: Any,
 ) -> None:
-    """Find the EchoClips of the lake's zero-advantage groups and record them."""
+    """Find the EchoClips of the lake's zero-advantage groups and record them.
+
+    With --delimiter the successes are split into steps again, by the tokenizer that sampled them.
+    """
     if what_if is not None:
         if since_snapshot is not None or any(value is not None for value in options.values()):
-            raise click.UsageError("Beside --what-if stand only --run and --snapshot; put settings into it")
-        load_config(config)
-        _simulate(lake, what_if, snapshot, run_id, as_json)
+            raise click.UsageError(
+                "Beside --what-if stand only --run, --snapshot and --tokenizer; put settings into it"
+            )
+        settings = load_config(config)
+        _simulate(lake, what_if, snapshot, run_id, as_json, partial(chosen_tokenizer, tokenizer, settings))
         return
-    settings = load_config(config, {"mining": options}).mining
+    settings = load_config(config, {"mining": options})
+    if tokenizer is not None and settings.mining.delimiter is None:
+        raise click.UsageError("--tokenizer is for splitting steps again: say where with --delimiter")
     from pipeline.lake import Lake
     from pipeline.mine import mine as mine_lake
 
-    mined = mine_lake(Lake.open(lake), settings, snapshot, since_snapshot, run_id)
+    mined = mine_lake(
+        Lake.open(lake),
+        settings.mining,
+        snapshot,
+        since_snapshot,
+        run_id,
+        partial(chosen_tokenizer, tokenizer, settings),
+    )
     if as_json:
         print_json(mined.as_dict())
     else:
@@ -70,12 +92,19 @@ def mine(
         raise NothingToMine("Nothing to mine: no clip was kept. The counts say which rule dropped what.")
 
 
-def _simulate(lake: Path, what_if: str, snapshot: int | None, run_id: str | None, as_json: bool) -> None:
+def _simulate(
+    lake: Path,
+    what_if: str,
+    snapshot: int | None,
+    run_id: str | None,
+    as_json: bool,
+    tokenizer: Callable[[], Any],
+) -> None:
     from pipeline.lake import Lake
     from pipeline.what_if import parse_changes, simulate
 
     changes = parse_changes(what_if)
-    simulation = simulate(Lake.open(lake), changes, snapshot, run_id)
+    simulation = simulate(Lake.open(lake), changes, snapshot, run_id, tokenizer)
     if as_json:
         print_json(simulation.as_dict())
     else:

@@ -11,6 +11,7 @@ import click
 from flows.commands.group import EXAMPLE, Commands, echomine
 from flows.commands.output import counted, print_json
 from flows.options import (
+    chosen_tokenizer,
     common_options,
     json_option,
     section_options,
@@ -71,7 +72,7 @@ def luffy(tokenizer: Path | None, **given: Any) -> None:
     """verl's prompt Parquet with each clip's text as `target`, for LUFFY and EchoRL."""
     from pipeline.exports.luffy import luffy as form
 
-    _export(given, lambda settings: form(_tokenizer(tokenizer, settings)))
+    _export(given, lambda settings: form(chosen_tokenizer(tokenizer, settings)))
 
 
 @export.command(
@@ -84,7 +85,7 @@ def sft(tokenizer: Path | None, **given: Any) -> None:
     """Chat messages as JSON lines, the last one the clip, after which a chat template will end the turn."""
     from pipeline.exports.sft import sft as form
 
-    _export(given, lambda settings: form(_tokenizer(tokenizer, settings)))
+    _export(given, lambda settings: form(chosen_tokenizer(tokenizer, settings)))
 
 
 @export.command(
@@ -115,7 +116,7 @@ def trl(tokenizer: Path | None, **given: Any) -> None:
     """Prompts and clips as Parquet, as text and as the tokens that were sampled, for TRL's SFTTrainer."""
     from pipeline.exports.trl import trl as form
 
-    _export(given, lambda settings: form(_tokenizer(tokenizer, settings)))
+    _export(given, lambda settings: form(chosen_tokenizer(tokenizer, settings)))
 
 
 @export.command(
@@ -128,7 +129,7 @@ def hf(tokenizer: Path | None, **given: Any) -> None:
     """A folder with a card; `datasets.load_dataset` opens the folder that is printed."""
     from pipeline.exports.hf import hf as form
 
-    _export(given, lambda settings: form(_tokenizer(tokenizer, settings)))
+    _export(given, lambda settings: form(chosen_tokenizer(tokenizer, settings)))
 
 
 def _export(
@@ -156,13 +157,3 @@ def _export(
         click.echo(f"{done.clips} clips in {done.folder}; left out: {counted(done.dropped)}")
     if not done.clips:
         raise NothingToMine("No clip was left to export. The counts say which rule left out what.")
-
-
-def _tokenizer(folder: Path | None, settings: NightlyConfig) -> Any:
-    from pipeline.tokenization import load_tokenizer
-
-    if folder is None:
-        from pipeline.models import model_folder
-
-        folder = model_folder(settings.model)
-    return load_tokenizer(folder)

@@ -77,8 +77,8 @@ def audit(
     settings = load_config(config, {"mining": options})
     from flows.audit_table import audit_json, print_audit
     from flows.progress import bar
-    from pipeline.audit import audit as audit_dumps
-    from pipeline.audit_page import write_audit_page
+    from pipeline.audits.core import audit as audit_dumps
+    from pipeline.audits.page import write_audit_page
     from pipeline.tokenization import load_tokenizer
 
     loaded = load_tokenizer(tokenizer) if tokenizer else None

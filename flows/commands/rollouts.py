@@ -59,13 +59,13 @@ def import_rollouts(
     """Import dumps of rollouts; rows that cannot enter go to quarantine with the reason (exit code 2)."""
     settings = load_config(config, {"model": score_with} if score_with else None)
     from flows.progress import bar
-    from pipeline import importing
+    from pipeline.imports import core as imports
     from pipeline.lake import Lake
     from pipeline.models import model_folder
     from pipeline.tokenization import load_tokenizer, tokenizer_hash
 
-    dumps = importing.with_formats(files, format_name)
-    importing.check_dumps(dumps)
+    dumps = imports.with_formats(files, format_name)
+    imports.check_dumps(dumps)
     if tokenizer is None and score_with is None:
         raise ConfigError(
             "Steps are split by the text of their tokens, and no tokenizer is given. Give --tokenizer: the "
@@ -81,11 +81,11 @@ def import_rollouts(
             )
     opened = Lake.create(lake)
     with bar("importing rows", None) as update:
-        done = importing.import_rollouts(opened, dumps, loaded, update)
+        done = imports.import_rollouts(opened, dumps, loaded, update)
     for sentence in sorted(done.assumed):
         note(sentence)
     counts: dict[str, Any] = asdict(done.rows)
-    waiting = importing.num_unscored(opened, sorted(done.run_ids))
+    waiting = imports.num_unscored(opened, sorted(done.run_ids))
     if score_with is not None and waiting:
         counts |= {"scored": sum(_scored(opened, settings, run)["scored"] for run in sorted(done.run_ids))}
     elif waiting:

@@ -17,7 +17,8 @@ from pipeline.config import load_config
 from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pipeline.forget import Forgetting, Forgot
+    from pipeline.forget import Forgot
+    from pipeline.forgetting import Forgetting
     from pipeline.reverify import Reverified
     from pipeline.withdrawal import TouchedShard
 
@@ -123,8 +124,8 @@ def forget(lake: Path, config: Path | None, as_json: bool, names: tuple[str, ...
     nights refuse the prompts. Says which exported shards hold their clips, and what has learned from these.
     """
     load_config(config)
-    from pipeline.forget import find
     from pipeline.forget import forget as forget_prompts
+    from pipeline.forgetting import find
     from pipeline.lake import Lake
 
     opened = Lake.open(lake)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
 
 from pipeline.config import SamplingConfig
-from pipeline.errors import PromptError
-from pipeline.records import Group, Int32, Prompt
+from pipeline.errors import EngineError, PromptError
+from pipeline.records import Group, Int32, Prompt, Sample
+
+_ROUNDING = 1e-3  # nats that a float32 entropy may exceed its bound by
 
 
 @dataclass(frozen=True)
@@ -20,31 +26,57 @@ class GroupRequest:
 
 
 class Engine(Protocol):
-    """Samples completions with the entropy and log-probability of every token.
+    """Samples completions with the log-probability of every token, and its entropy where it can know it.
 
     Attributes:
         logprobs_kind: "raw" or "processed" (after temperature and truncation).
-        entropy_kind: "full_vocab" or "full_vocab_tempered".
+        entropy_kind: "full_vocab" or "full_vocab_tempered"; None where samples come without entropies.
         overlaps: whether it goes on sampling while its caller does something else.
     """
 
     logprobs_kind: str
-    entropy_kind: str
     overlaps: bool
+
+    @property
+    def entropy_kind(self) -> str | None: ...
 
     def generate(self, requests: Sequence[GroupRequest], sampling: SamplingConfig) -> Iterator[Group]:
         """Yields each group once, when all its samples are finished, in any order.
 
-        The same requests in the same call, on the same machine, give the same token ids. Every sample
-        has as many entropies and log-probs as tokens.
+        Every sample has as many log-probs as tokens, and as many entropies unless `entropy_kind` is None.
+        The same requests in the same call, on the same machine, give the same token ids; where batches form
+        by what else runs (vLLM, servers), they do so up to the rounding of sums. vLLM's own sampler on a CPU
+        (`engine.vllm.sampler = "vllm"`) takes no seeds, and draws anew each time.
 
         Raises:
             PromptError: a prompt that does not fit the model with `max_tokens` completion tokens.
+            EngineError: the engine cannot go on, or measured what cannot be.
         """
         ...
 
     def close(self) -> None:
         """Gives back what the engine holds. It cannot be used afterwards."""
+        ...
+
+
+@runtime_checkable
+class UpdatableEngine(Engine, Protocol):
+    """An engine with a copy of the weights: a trainer hands it the new ones after an optimizer step.
+
+    The transformers engine is none: it samples from the trainer's own model, as it stands. Nor is a pool of
+    servers, whose weights are theirs.
+    """
+
+    def update_weights(self, folder: Path) -> None:
+        """Goes on with the weights of another folder of the same model. No group may be running.
+
+        Args:
+            folder: safetensors and config, as `save_pretrained` leaves them. It stays until the next update:
+                an engine that dies starts again from it.
+
+        Raises:
+            EngineError: the weights do not fit. The engine goes on with those that it had.
+        """
         ...
 
 
@@ -64,3 +96,28 @@ def refuse_long_prompts(
                 f"tokens; with sampling.max_tokens = {sampling.max_tokens} it exceeds the model's "
                 f"{context}. Lower max_tokens or shorten the prompt."
             )
+
+
+def check_sample(sample: Sample, vocabulary: int) -> None:
+    """Sees to it that each token has a log-prob, and an entropy that `vocabulary` tokens can have.
+
+    Raises:
+        EngineError: the model's logits are no numbers, or the engine measured something else.
+    """
+    assert sample.logprobs is not None
+    assert sample.entropies is not None
+    num_tokens, logprobs, entropies = len(sample.completion_ids), sample.logprobs, sample.entropies
+    if not (np.isfinite(entropies).all() and np.isfinite(logprobs).all()):
+        raise EngineError(
+            f"The model's logits are not finite in a completion of {num_tokens} tokens: the weights "
+            "are broken, or overflow; try engine.dtype = float32."
+        )
+    greatest = math.log(vocabulary) + _ROUNDING
+    possible = ((entropies >= 0) & (entropies <= greatest)).all()
+    if not possible or not len(entropies) == len(logprobs) == num_tokens:
+        smallest, largest = entropies.min(initial=0.0), entropies.max(initial=0.0)
+        raise EngineError(
+            f"There are {len(entropies)} entropies, from {smallest:.3f} to {largest:.3f} of at most "
+            f"{greatest:.3f} nats, and {len(logprobs)} log-probs for {num_tokens} tokens. "
+            "This is a fault of ours."
+        )

@@ -42,7 +42,7 @@ class ServerEngine:
     """
 
     logprobs_kind = "raw"
-    entropy_kind = "full_vocab"
+    entropy_kind = None
     overlaps = True
 
     def __init__(self, tokenizer: Any, config: ServerConfig, context: int | None = None) -> None:

@@ -61,7 +61,7 @@ class Tapped:
     """A running request: its noise, and what was measured of it so far, by position in the completion."""
 
     request: TapRequest
-    kind: int  # the same for requests that are drawn by the same rule
+    rule_index: int  # the same for requests that are drawn by the same rule
     noise: array[float] = field(init=False)  # [max_tokens]; its elements are read one by one
     rows: NDArray[Any] = field(init=False)  # [max_tokens] of _ROW; NaN where nothing was measured
     num_tokens: int = 0  # positions up to the last that was measured
@@ -96,7 +96,7 @@ class EntropyTap:
 
     def __init__(self) -> None:
         self._running: dict[str, Tapped] = {}
-        self._kinds: dict[tuple[DrawRule, bool], int] = {}
+        self._rules: dict[tuple[DrawRule, bool], int] = {}
         self._pending: list[tuple[list[tuple[Tapped, int]], Tensor]] = []
         self._num_pending = 0
 
@@ -104,8 +104,8 @@ class EntropyTap:
         """The state of a request that enters the batch; of one that was preempted, the state it had."""
         tapped = self._running.get(request.key)
         if tapped is None:
-            kind = self._kinds.setdefault((request.rule, request.draws), len(self._kinds))
-            tapped = self._running[request.key] = Tapped(request, kind)
+            rule_index = self._rules.setdefault((request.rule, request.draws), len(self._rules))
+            tapped = self._running[request.key] = Tapped(request, rule_index)
         return tapped
 
     def apply(self, logits: Tensor, rows: Sequence[tuple[int, Tapped, int]]) -> None:
@@ -116,12 +116,12 @@ class EntropyTap:
                 over: a prompt that is still being read has a negative one, and a request that has all its
                 tokens may run one step too long.
         """
-        by_kind: dict[int, list[tuple[int, Tapped, int]]] = {}
+        by_rule: dict[int, list[tuple[int, Tapped, int]]] = {}
         for place in rows:
             _, tapped, position = place
             if 0 <= position < len(tapped.noise):
-                by_kind.setdefault(tapped.kind, []).append(place)
-        for group in by_kind.values():
+                by_rule.setdefault(tapped.rule_index, []).append(place)
+        for group in by_rule.values():
             request = group[0][1].request
             self._apply(logits, group, request.rule, request.draws)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from pipeline.config import SamplingConfig
-from pipeline.engines.base import GroupRequest, refuse_long_prompts
+from pipeline.engines.base import GroupRequest, check_sample, refuse_long_prompts
 from pipeline.engines.sampling import DrawRule, draw, noise
 from pipeline.prompts import prompt_messages_ids
 from pipeline.records import Group, Int32, Sample
@@ -107,7 +107,7 @@ class TransformersEngine:
                     done = finished.setdefault(row.request, [])
                     done.append(row)
                     if len(done) == len(requests[row.request].seeds):
-                        yield _group(requests[row.request], prompts[row.request], done)
+                        yield _group(requests[row.request], prompts[row.request], done, logits.shape[1])
                 else:
                     keep.append(i)
             if not keep:
@@ -167,7 +167,7 @@ class TransformersEngine:
         return frozenset(i for i in (*ids, self.tokenizer.eos_token_id) if i is not None)
 
 
-def _group(request: GroupRequest, prompt_ids: Int32, rows: list[_Row]) -> Group:
+def _group(request: GroupRequest, prompt_ids: Int32, rows: list[_Row], vocabulary: int) -> Group:
     samples = tuple(
         Sample(
             sample_index=row.sample_index,
@@ -179,4 +179,6 @@ def _group(request: GroupRequest, prompt_ids: Int32, rows: list[_Row]) -> Group:
         )
         for row in sorted(rows, key=lambda row: row.sample_index)
     )
+    for sample in samples:
+        check_sample(sample, vocabulary)
     return Group(request.prompt, prompt_ids, samples)

@@ -7,6 +7,8 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +34,15 @@ class VllmEngine:
         self.tokenizer = tokenizer
         self.entropy_kind: str = config.entropy_kind
         self.overlaps = not config.vllm.in_process
-        num_engines = config.vllm.data_parallel
-        self._cores = [VllmCore(folder, tokenizer, config, i, num_engines) for i in range(num_engines)]
+        self._cores: list[VllmCore] = []
+        with ExitStack() as started:
+            for index in range(config.vllm.data_parallel):
+                self._cores.append(VllmCore(folder, tokenizer, config, index))
+                started.callback(self._cores[index].close)
+            started.pop_all()
 
     def generate(self, requests: Sequence[GroupRequest], sampling: SamplingConfig) -> Iterator[Group]:
-        """See `Engine.generate`. Token ids may differ with what else runs, by the rounding of batched sums.
+        """See `Engine.generate`.
 
         Raises:
             EngineError: an engine died more often than `engine.vllm.max_restarts` allows.
@@ -51,23 +57,37 @@ class VllmEngine:
 
     def _side_by_side(self, waiting: deque[Any], sampling: SamplingConfig) -> Iterator[Group]:
         """Every engine takes from the same line; one that fails for good leaves its groups to the others."""
-        finished: queue.Queue[Group | EngineError | None] = queue.Queue()
+        finished: queue.Queue[Group | _Ended] = queue.Queue()
         stop = threading.Event()
-        threads = [
-            threading.Thread(target=_pull, args=(core, waiting, sampling, finished, stop), daemon=True)
-            for core in self._cores
-        ]
-        for thread in threads:
+        threads: list[threading.Thread] = []
+
+        def start(core: VllmCore) -> None:
+            thread = threading.Thread(
+                target=_pull,
+                args=(core, waiting, sampling, finished, stop),
+                name=f"vllm-{self._cores.index(core)}",
+                daemon=True,
+            )
+            threads.append(thread)
             thread.start()
+
+        for core in self._cores:
+            start(core)
         try:
-            running, failure = len(threads), None
+            running, failure = len(self._cores), None
+            idle: list[VllmCore] = []
             while running:
                 item = finished.get()
                 if isinstance(item, Group):
                     yield item
                     continue
                 running -= 1
-                failure = item or failure
+                failure = item.failure or failure
+                if item.failure is None:
+                    idle.append(item.core)
+                if waiting and idle:  # what an engine that failed has put back
+                    start(idle.pop())
+                    running += 1
             if failure is not None and waiting:
                 raise failure
         finally:
@@ -76,37 +96,47 @@ class VllmEngine:
                 thread.join()
 
     def update_weights(self, folder: Path) -> None:
-        """Exchanges the weights in the running engines for those of another folder of the same model.
+        """See `UpdatableEngine.update_weights`; what was cached of prompts is dropped.
 
-        What was cached of prompts under the old weights is dropped. No group may be running.
-
-        Raises:
-            EngineError: the folder's weights do not fit the model.
+        An engine that refuses the weights starts again with those that it had.
         """
-        for core in self._cores:
-            core.update_weights(folder)
+        with ExitStack() as undo:
+            for core in self._cores:
+                before = core.folder
+                core.update_weights(folder)
+                undo.callback(core.update_weights, before)
+            undo.pop_all()
 
     def close(self) -> None:
         """Ends the engines and gives their memory back."""
-        for core in self._cores:
-            core.close()
+        with ExitStack() as stack:
+            for core in self._cores:
+                stack.callback(core.close)
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """What an engine's thread tells last: it has no more to do, or cannot go on."""
+
+    core: VllmCore
+    failure: EngineError | None = None
 
 
 def _pull(
     core: VllmCore,
     waiting: deque[Any],
     sampling: SamplingConfig,
-    finished: queue.Queue[Group | EngineError | None],
+    finished: queue.Queue[Group | _Ended],
     stop: threading.Event,
 ) -> None:
-    """Streams one engine's groups into the queue; None, or what ended it, comes last."""
+    """Streams one engine's groups into the queue, and how it ended."""
     try:
         for group in itertools.takewhile(lambda _: not stop.is_set(), core.stream(waiting, sampling)):
             finished.put(group)
     except EngineError as error:
-        finished.put(error)
+        finished.put(_Ended(core, error))
     except BaseException as error:
-        finished.put(EngineError(f"An engine failed: {error!r}"))
+        finished.put(_Ended(core, EngineError(f"An engine failed: {error!r}")))
         raise
     else:
-        finished.put(None)
+        finished.put(_Ended(core))

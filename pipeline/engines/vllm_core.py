@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import EngineConfig, SamplingConfig
-from pipeline.engines.base import GroupRequest
-from pipeline.engines.sampling import DrawRule
-from pipeline.engines.tap import Measured, TapRequest
-from pipeline.engines.vllm_failures import EngineDead, why
+from pipeline.engines.base import GroupRequest, check_sample
+from pipeline.engines.tap import Measured
+from pipeline.engines.vllm_failures import EngineDead, reason
+from pipeline.engines.vllm_params import flat_logprobs, sampling_params
 from pipeline.engines.vllm_start import start_vllm, stop_vllm
 from pipeline.errors import EngineError
 from pipeline.records import Float32, Group, Int32, Sample
@@ -25,7 +24,6 @@ from pipeline.records import Float32, Group, Int32, Sample
 log = logging.getLogger(__name__)
 
 OUTSTANDING = 2  # requests in the engine, as a multiple of those that it runs at once
-_ROUNDING = 1e-3  # nats that a float32 entropy may exceed its bound by
 
 
 @dataclass
@@ -39,21 +37,19 @@ class _Running:
 
 
 class VllmCore:
-    """One vLLM engine of `num_engines`, number `index`; not to be used by two threads at once."""
+    """One vLLM engine, number `index` of those side by side; not to be used by two threads at once."""
 
-    def __init__(
-        self, folder: Path, tokenizer: Any, config: EngineConfig, index: int = 0, num_engines: int = 1
-    ) -> None:
+    def __init__(self, folder: Path, tokenizer: Any, config: EngineConfig, index: int = 0) -> None:
         """Raises EngineError if the engine does not start."""
         self._config, self._tokenizer = config, tokenizer
-        self._folder, self._place = folder, (index, num_engines)
+        self.folder, self._index = folder, index
         self._names = itertools.count()
-        self._engine: Any = self._started()
+        self._engine: Any = self._started()  # None once it died, until it is needed again
         self.max_model_len = int(self._engine.model_config.max_model_len)
-        self._max_entropy = math.log(self._engine.model_config.get_vocab_size()) + _ROUNDING
+        self._vocabulary = int(self._engine.model_config.get_vocab_size())
 
     def _started(self) -> Any:
-        return start_vllm(self._folder, self._config, *self._place)
+        return start_vllm(self.folder, self._config, self._index)
 
     def stream(self, waiting: deque[tuple[GroupRequest, Int32]], sampling: SamplingConfig) -> Iterator[Group]:
         """Takes groups from `waiting` (which other engines may share) and yields them as they finish.
@@ -69,6 +65,8 @@ class VllmCore:
         try:
             while True:
                 try:
+                    if self._engine is None:
+                        self._restart(running, sampling)
                     self._feed(waiting, running, sampling)
                     if not running:
                         return
@@ -79,11 +77,11 @@ class VllmCore:
                     restarts += 1
                     if restarts > self._config.vllm.max_restarts:
                         raise EngineError(
-                            f"vLLM died {restarts} times without finishing a group: {why(error)} "
+                            "vLLM died, and the restarts without a group finished between are used up "
+                            f"(engine.vllm.max_restarts = {restarts - 1}): {reason(error)} "
                             "Finished groups are kept; start the night again to go on."
                         ) from error
-                    log.warning("vLLM died (%s); starting it again.", why(error))
-                    self._restart(running, sampling)
+                    log.warning("vLLM died (%s); starting it again.", reason(error))
         finally:
             self._give_up(waiting, running)
 
@@ -105,41 +103,12 @@ class VllmCore:
             self._submit(group, sampling)
 
     def _submit(self, group: _Running, sampling: SamplingConfig) -> None:
+        on_cpu = self._engine.vllm_config.device_config.device_type == "cpu"
         for key, seed in zip(group.keys, group.request.seeds, strict=True):
             if key not in group.done:
-                params = self._params(key, seed, sampling)
+                params = sampling_params(key, seed, sampling, self._config, on_cpu)
                 prompt = {"type": "token", "prompt_token_ids": group.prompt_ids.tolist()}
                 self._call("add_request", key, prompt, params)
-
-    def _params(self, key: str, seed: int, sampling: SamplingConfig) -> Any:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        draws = self._config.vllm.sampler == "tap"
-        request = TapRequest(
-            key, seed, sampling.max_tokens, DrawRule.of(sampling, self._config.entropy_kind), draws
-        )
-        if draws:
-            # greedy takes what the tap made certain; a seed of vLLM's own is not needed, and together with
-            # prompts that are read in pieces it would kill a CPU engine
-            drawing: dict[str, Any] = {"temperature": 0.0}
-        else:
-            drawing = {
-                "temperature": sampling.temperature,
-                "top_p": sampling.top_p,
-                "top_k": sampling.top_k,
-                "seed": None if self._engine.vllm_config.device_config.device_type == "cpu" else seed,
-                "logprobs": 0,
-                "flat_logprobs": True,
-            }
-        return SamplingParams(
-            max_tokens=sampling.max_tokens,
-            stop=list(sampling.stop),
-            detokenize=bool(sampling.stop),
-            output_kind=RequestOutputKind.FINAL_ONLY,
-            extra_args=request.as_arguments(),
-            **drawing,
-        )
 
     def _step(self, running: dict[str, _Running]) -> Iterator[Group]:
         """One step of the engine; the groups that are complete with it."""
@@ -155,7 +124,7 @@ class VllmCore:
                 )
             group.done[output.request_id] = (
                 np.array(completion.token_ids, dtype=np.int32),
-                _flat_logprobs(completion),
+                flat_logprobs(completion),
                 completion.finish_reason,
             )
             if len(group.done) == len(group.keys):
@@ -165,9 +134,10 @@ class VllmCore:
         keys = [key for group in complete for key in group.keys]
         measured = self._call("collective_rpc", "take_entropies", args=(keys,))[0]
         for group in complete:
-            for key in group.keys:
+            sampled = self._group(group, measured)
+            for key in group.keys:  # not before: a group that is refused stays to be sampled
                 del running[key]
-            yield self._group(group, measured)
+            yield sampled
 
     def _group(self, group: _Running, measured: dict[str, bytes]) -> Group:
         samples = tuple(
@@ -180,31 +150,27 @@ class VllmCore:
         self, index: int, seed: int, done: tuple[Int32, Float32 | None, str], measured: Measured
     ) -> Sample:
         """The first T measurements are those of the completion: what came after it was cut off."""
-        ids, logprobs, finish_reason = done
-        entropies = measured.entropies[: len(ids)]
-        if logprobs is None:
-            logprobs = measured.logprobs[: len(ids)]
-            if not np.array_equal(measured.tokens[: len(ids)], ids):
-                raise EngineError("vLLM returned other tokens than the tap drew. This is a fault of ours.")
-        if len(entropies) != len(ids) or (entropies > self._max_entropy).any():
-            raise EngineError(
-                f"The tap measured {len(entropies)} entropies for {len(ids)} tokens, up to "
-                f"{entropies.max(initial=0.0):.3f} of {self._max_entropy:.3f} nats. This is a fault of ours."
-            )
-        return Sample(index, seed, ids, logprobs, entropies, finish_reason)
+        ids, of_vllm, finish_reason = done
+        logprobs = measured.logprobs[: len(ids)] if of_vllm is None else of_vllm
+        sample = Sample(index, seed, ids, logprobs, measured.entropies[: len(ids)], finish_reason)
+        check_sample(sample, self._vocabulary)
+        # only now: where logits are NaN, vLLM takes any token
+        if of_vllm is None and not np.array_equal(measured.tokens[: len(ids)], ids):
+            raise EngineError("vLLM returned other tokens than the tap drew. This is a fault of ours.")
+        return sample
 
     def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """A call of the engine; whatever tells of its death is an EngineDead."""
+        """A call of the engine. Whatever tells of its death is an EngineDead; then it is stopped."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
             return getattr(self._engine, method)(*args, **kwargs)
         except EngineDeadError as error:
-            raise EngineDead(self._engine) from error
+            dead, self._engine = self._engine, None
+            raise EngineDead(stop_vllm(dead, keep_log=True)) from error
 
     def _restart(self, running: dict[str, _Running], sampling: SamplingConfig) -> None:
         """Starts anew. The tap died too, so finished samples of open groups are sampled again, same seeds."""
-        stop_vllm(self._engine)
         self._engine = self._started()
         for group in {id(group): group for group in running.values()}.values():
             group.done.clear()
@@ -215,37 +181,35 @@ class VllmCore:
         if not running:
             return
         keys = list(running)
-        try:
-            self._call("abort_request", keys)
-            self._call("collective_rpc", "forget_entropies", args=(keys,))
-        except EngineDead:
-            log.debug("vLLM is dead; there is nothing to abort.")
+        if self._engine is not None:
+            try:
+                self._call("abort_request", keys)
+                self._call("collective_rpc", "forget_entropies", args=(keys,))
+            except EngineDead:
+                log.debug("vLLM is dead; there is nothing to abort.")
         for group in {id(group): group for group in running.values()}.values():
             waiting.appendleft((group.request, group.prompt_ids))
 
     def num_tapped(self) -> int:
         """Requests whose numbers the tap holds; bounded by those in the engine."""
-        return int(self._call("collective_rpc", "count_tapped")[0])
+        return 0 if self._engine is None else int(self._call("collective_rpc", "count_tapped")[0])
 
     def update_weights(self, folder: Path) -> None:
         """See `VllmEngine.update_weights`."""
+        if self._engine is None:
+            self._engine = self._started()
         try:
             self._call("collective_rpc", "exchange_weights", args=(str(folder),))
             self._call("reset_prefix_cache")
         except Exception as error:  # vLLM's loaders raise many kinds
+            self.close()  # some weights may be exchanged, and vLLM now fails with those it had, too
             raise EngineError(
-                f"vLLM cannot take the weights in {folder}: {why(error)} Give a checkpoint of the same model."
+                f"vLLM cannot take the weights in {folder}: {reason(error)} "
+                "Give a checkpoint of the same model."
             ) from error
-        self._folder = folder
+        self.folder = folder
 
     def close(self) -> None:
-        stop_vllm(self._engine)
-        self._engine = None
-
-
-def _flat_logprobs(completion: Any) -> Float32 | None:
-    """vLLM's own log-probs of the sampled tokens: the first entry of each position."""
-    flat = completion.logprobs
-    if flat is None:
-        return None
-    return np.array([flat.logprobs[start] for start in flat.start_indices], dtype=np.float32)
+        if self._engine is not None:
+            stop_vllm(self._engine)
+            self._engine = None

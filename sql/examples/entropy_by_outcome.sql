@@ -1,6 +1,6 @@
 -- How does token entropy run along completions that succeed, and along those that fail?
 -- grain:   model, entropy_kind, tenth
--- inputs:  tokens, rollouts
+-- inputs:  tokens, judged_rollouts
 -- params:  none
 -- columns:
 --   model
@@ -14,7 +14,7 @@ with
 
 outcomes as (
     select rollout_id, model, entropy_kind, is_success(reward) as succeeded, len(completion_ids) as num_tokens
-    from rollouts
+    from judged_rollouts
     where origin in ('policy', 'trainer') and completion_entropies is not null
 )
 

@@ -1,6 +1,6 @@
 -- Where do two versions of a verifier judge the same completion of the same prompt differently?
 -- grain:   verifier, earlier_version, later_version
--- inputs:  rollouts
+-- inputs:  rollouts, verdicts
 -- params:  none
 -- columns:
 --   verifier
@@ -12,7 +12,16 @@
 --   example_rollout_id   of a disagreement, null if there is none
 with
 
-verdicts as (
+judged as (
+    select verifier, verifier_version, prompt_id, completion, reward, rollout_id
+    from rollouts
+    union all
+    select verdicts.verifier, verdicts.verifier_version, prompt_id, completion, verdicts.reward, rollout_id
+    from verdicts
+    join rollouts using (rollout_id)
+),
+
+by_version as (
     select
         verifier,
         verifier_version,
@@ -20,7 +29,7 @@ verdicts as (
         completion,
         avg(reward) as reward,
         min(rollout_id) as rollout_id
-    from rollouts
+    from judged
     where verifier_version is not null and completion is not null
     group by verifier, verifier_version, prompt_id, completion
 ),
@@ -32,8 +41,8 @@ pairs as (
         later.verifier_version as later_version,
         later.rollout_id,
         abs(earlier.reward - later.reward) > 1e-6 as disagree
-    from verdicts as earlier
-    join verdicts as later
+    from by_version as earlier
+    join by_version as later
         on later.verifier = earlier.verifier
         and later.prompt_id = earlier.prompt_id
         and later.completion = earlier.completion

@@ -1,6 +1,6 @@
 -- How many groups would be solved if the reward tolerance or the group size were other?
 -- grain:   group_size, reward_tolerance
--- inputs:  rollouts
+-- inputs:  judged_rollouts
 -- params:  none
 -- columns:
 --   group_size             rollouts: the first so many samples of the groups that have them
@@ -17,11 +17,11 @@ sizes as (select unnest([2, 4, 8, 16, 32, 64, 128]) as group_size),
 tolerances as (select unnest([1e-6, 0.01, 0.1, 0.25, 0.5]) as reward_tolerance),
 
 cut as (
-    select sizes.group_size, rollouts.group_id, list(rollouts.reward) as rewards
-    from rollouts
-    join sizes on rollouts.sample_index < sizes.group_size
-    where rollouts.origin in ('policy', 'trainer')
-    group by sizes.group_size, rollouts.group_id
+    select sizes.group_size, judged_rollouts.group_id, list(judged_rollouts.reward) as rewards
+    from judged_rollouts
+    join sizes on judged_rollouts.sample_index < sizes.group_size
+    where judged_rollouts.origin in ('policy', 'trainer')
+    group by sizes.group_size, judged_rollouts.group_id
     having count(*) = sizes.group_size
 ),
 

@@ -1,5 +1,5 @@
 -- Every group in the mining's reach with its class. Expert rollouts never count. A rollout that was verified again
--- has the reward of its newest verdict.
+-- has the reward of its newest verdict. With $run_id a group is what that run holds of it: the rest may be incomplete.
 -- grain:   group_id
 -- inputs:  rollouts, current_verdicts, touched_groups
 -- params:  $incremental (only touched_groups), $first_run, $last_run (between which runs those lie; null: any),

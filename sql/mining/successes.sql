@@ -1,8 +1,10 @@
--- V: the verified successes of the groups in scope, with their steps. The newest verdict decides.
+-- V: the verified successes of the groups in scope, with their steps. The newest verdict decides. Of a group that lies
+-- in several runs, a mining of one run sees that run's rollouts only: they alone made its class.
 -- grain:   rollout_id
 -- inputs:  rollouts, current_verdicts, group_classes
 -- params:  $scope (zero_advantage | any_success), $success_reward, $reward_tolerance (reward), $allow_truncated,
---          $entropy_kind (null: all), $first_run, $last_run (between which runs the groups lie; null: any)
+--          $entropy_kind (null: all), $run_id (null: all runs), $first_run, $last_run (between which runs
+--          the groups lie; null: any)
 -- columns:
 --   rollout_id
 --   group_id
@@ -34,6 +36,7 @@ from rollouts
 join group_classes using (group_id)
 left join current_verdicts on current_verdicts.rollout_id = rollouts.rollout_id
 where rollouts.origin in ('policy', 'trainer')
+    and ($run_id is null or rollouts.run_id = $run_id)
     and ($first_run is null or rollouts.run_id between $first_run and $last_run)
     and case $scope
         when 'zero_advantage' then group_classes.group_class = 'all_success'

@@ -1,6 +1,6 @@
 -- The best clips of a mining with the whole completion they were cut from, but for the withdrawn.
 -- grain:   clip_id
--- inputs:  echo_clips, withdrawn_clips, rollouts, prompts
+-- inputs:  echo_clips, mining_runs, withdrawn_clips, judged_rollouts, prompts
 -- params:  $mining_id, $num_clips (clips)
 -- columns:
 --   clip_id
@@ -21,6 +21,7 @@
 --   completion_ids
 --   completion_entropies   nats
 --   completion_logprobs    nats
+--   delimiter              that the mining split steps at; null: its steps are the stored ones
 --   step_ends              tokens, exclusive
 --   step_entropies         nats
 select
@@ -28,24 +29,26 @@ select
     echo_clips.clip_rank,
     echo_clips.group_id,
     echo_clips.sample_index,
-    rollouts.model,
-    rollouts.tokenizer_hash,
+    judged_rollouts.model,
+    judged_rollouts.tokenizer_hash,
     echo_clips.policy_version,
     echo_clips.step_index,
     echo_clips.num_steps,
     echo_clips.clip_tokens,
     echo_clips.step_entropy,
-    rollouts.reward,
+    judged_rollouts.reward,
     prompts.data_source,
     prompts.messages,
-    rollouts.prompt_ids,
-    rollouts.completion_ids,
-    rollouts.completion_entropies,
-    rollouts.completion_logprobs,
-    rollouts.step_ends,
-    rollouts.step_entropies
+    judged_rollouts.prompt_ids,
+    judged_rollouts.completion_ids,
+    judged_rollouts.completion_entropies,
+    judged_rollouts.completion_logprobs,
+    mining_runs.config ->> 'delimiter' as delimiter,
+    judged_rollouts.step_ends,
+    judged_rollouts.step_entropies
 from echo_clips
-join rollouts using (rollout_id)
+join mining_runs using (mining_id)
+join judged_rollouts using (rollout_id)
 left join prompts on prompts.prompt_id = echo_clips.prompt_id
 anti join withdrawn_clips
     on withdrawn_clips.mining_id = echo_clips.mining_id and withdrawn_clips.clip_id = echo_clips.clip_id

@@ -1,6 +1,6 @@
 -- Token entropy along the completions of a run: tokens by their relative position, successes apart from failures.
 -- grain:   outcome, position
--- inputs:  rollouts
+-- inputs:  judged_rollouts
 -- params:  $run_id, $num_bins (bins), $success_reward, $reward_tolerance (reward),
 --          $max_rollouts (rollouts; of more, those of smallest rollout_id, which is a hash: a fair sample)
 -- columns:
@@ -15,7 +15,7 @@ with
 
 scored as (
     select rollout_id, reward, entropy_kind, completion_entropies
-    from rollouts
+    from judged_rollouts
     where run_id = $run_id and origin in ('policy', 'trainer') and len(completion_entropies) > 0
 ),
 

@@ -1,6 +1,6 @@
 -- How often each reward was earned in a run, in bins of equal width over [0, 1] or wider.
 -- grain:   bin_start, group_class
--- inputs:  rollouts, group_classes
+-- inputs:  judged_rollouts, group_classes
 -- params:  $run_id, $num_bins (bins)
 -- columns:
 --   bin_start      reward
@@ -10,10 +10,11 @@
 with
 
 rewarded as (
-    select rollouts.reward, group_classes.group_class
-    from rollouts
+    select judged_rollouts.reward, group_classes.group_class
+    from judged_rollouts
     join group_classes using (group_id)
-    where rollouts.run_id = $run_id and rollouts.origin in ('policy', 'trainer') and isfinite(rollouts.reward)
+    where judged_rollouts.run_id = $run_id and judged_rollouts.origin in ('policy', 'trainer')
+        and isfinite(judged_rollouts.reward)
 ),
 
 bounds as (

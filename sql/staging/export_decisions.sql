@@ -6,7 +6,7 @@
 --   clip_id
 --   rollout_id
 --   prompt_id
---   step_index       from 0
+--   clip_tokens      tokens
 --   step_entropy     nats
 --   policy_version   optimizer steps
 --   tokenizer_hash
@@ -20,7 +20,7 @@ judged as (
         echo_clips.clip_rank,
         echo_clips.rollout_id,
         echo_clips.prompt_id,
-        echo_clips.step_index,
+        echo_clips.clip_tokens,
         echo_clips.step_entropy,
         echo_clips.policy_version,
         rollouts.tokenizer_hash,
@@ -41,7 +41,7 @@ select
     clip_id,
     rollout_id,
     prompt_id,
-    step_index,
+    clip_tokens,
     step_entropy,
     policy_version,
     tokenizer_hash,

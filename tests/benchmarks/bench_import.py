@@ -27,12 +27,13 @@ from measure import medians, peak_mebibytes, print_table
 
 from pipeline.errors import FormatError
 from pipeline.hashing import file_sha256
-from pipeline.import_rows import ImportContext, completed_row
-from pipeline.importing import import_rollouts, with_formats
+from pipeline.imports.context import ImportContext
+from pipeline.imports.core import import_rollouts, with_formats
+from pipeline.imports.rows import completed_row
 from pipeline.ingest import ingest
 from pipeline.lake import Lake
 from pipeline.models import model_folder
-from pipeline.rollouts import Refused
+from pipeline.quarantine import Refused
 from pipeline.tokenization import load_tokenizer
 
 GROUP_SIZE = 8

@@ -4,10 +4,12 @@
 
 Each mining is a process of its own, which opens the lake, warms up with another mining, and then mines with
 settings that were not mined before, clips written: seconds, processor seconds (what the seconds would be if
-nothing else ran lies between them and half of them, on two cores) and the peak of resident memory. `news`
-mines one more night of 1 % in the same lake. The two others read the same groups from the Parquet files in a
-plain Python loop over the token columns, and from JSON and .npy files with numpy; both on `--slice-tokens`,
-scaled by tokens. Neither looks for copies, and neither writes.
+nothing else ran lies between them and half of them, on two cores) and the peak of resident memory.
+`resplit` splits the successes again at newlines, from their token columns, which chooses the clips of
+`again`; its memory is also that of transformers and torch. `news` mines one more night of 1 % in the same
+lake. The two others read the same groups from the Parquet files in a plain Python loop over the token
+columns, and from JSON and .npy files with numpy; both on `--slice-tokens`, scaled by tokens. Neither looks
+for copies, and neither writes.
 """
 
 from __future__ import annotations
@@ -30,8 +32,9 @@ from measure import peak_mebibytes, print_table
 from pipeline.config import MiningConfig
 from pipeline.lake import Lake
 from pipeline.mine import mine
+from pipeline.steps import DELIMITER
 
-SIDES = ("first", "again", "news", "loop", "json + .npy")
+SIDES = ("first", "again", "resplit", "news", "loop", "json + .npy")
 
 
 def timed(work: Callable[[int], object], repeats: int) -> dict[str, float]:
@@ -46,14 +49,19 @@ def timed(work: Callable[[int], object], repeats: int) -> dict[str, float]:
     return {"median": median(walls), "least": min(walls), "processor": min(processors)}
 
 
-def fresh(number: int) -> MiningConfig:
+def fresh(number: int, delimiter: str | None = None) -> MiningConfig:
     """Settings that nobody mined with, and that choose the same clips."""
-    return MiningConfig(min_step_entropy=1e-9 * (1 + number) * (time.time() % 1))
+    return MiningConfig(min_step_entropy=1e-9 * (1 + number) * (time.time() % 1), delimiter=delimiter)
 
 
-def measure_mining(folder: Path, repeats: int, since: int | None) -> dict[str, float]:
-    lake = Lake.open(folder)
-    return timed(lambda number: mine(lake, fresh(number), since_snapshot=since), repeats)
+def measure_mining(
+    folder: Path, repeats: int, since: int | None, delimiter: str | None = None
+) -> dict[str, float]:
+    lake, tokenizer = Lake.open(folder), synthetic_lake.tokenizer
+    return timed(
+        lambda number: mine(lake, fresh(number, delimiter), since_snapshot=since, tokenizer=tokenizer),
+        repeats,
+    )
 
 
 def measure_first(folder: Path) -> dict[str, float]:
@@ -145,12 +153,11 @@ def slice_of(folder: Path, num_tokens: int) -> tuple[Lake, list[Path]]:
 
 def child(options: argparse.Namespace) -> None:
     folder: Path = options.folder
-    if options.child in ("first", "again", "news"):
-        found = (
-            measure_first(folder)
-            if options.child == "first"
-            else measure_mining(folder, options.repeats, options.since)
-        )
+    if options.child == "first":
+        found = measure_first(folder)
+    elif options.child in ("again", "resplit", "news"):
+        delimiter = DELIMITER if options.child == "resplit" else None
+        found = measure_mining(folder, options.repeats, options.since, delimiter)
     else:
         _, files = slice_of(folder, options.slice_tokens)
         release = folder.with_name(folder.name + "-release")
@@ -183,12 +190,16 @@ def add_news(lake: Lake, num_tokens: int) -> int:
 
 
 def check_same_clips(folder: Path, options: argparse.Namespace) -> None:
-    """The two other sides choose the clips that the mining records."""
+    """All sides choose the clips that the mining records."""
     lake, files = slice_of(folder, options.slice_tokens)
     mined = mine(lake, fresh(0))
+    again = mine(lake, fresh(0, DELIMITER), tokenizer=synthetic_lake.tokenizer)
     with lake.reader() as reader:
-        sql = "select group_id, step_entropy from echo_clips where mining_id = $id order by group_id"
+        sql = (
+            "select group_id, clip_id, step_entropy from echo_clips where mining_id = $id order by clip_rank"
+        )
         clips = reader.rows(sql, {"id": mined.mining_id})
+        assert clips == reader.rows(sql, {"id": again.mining_id})
     others = [loop(files), release_layout(folder.with_name(folder.name + "-release"))]
     for found in others:
         chosen = dict(found)
@@ -215,6 +226,7 @@ def main() -> None:
         for side, since in (
             ("first", None),
             ("again", None),
+            ("resplit", None),
             ("news", add_news(lake, num_tokens)),
         ):
             found = in_child(side, folder, options, since)

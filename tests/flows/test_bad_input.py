@@ -14,6 +14,7 @@ import pytest
 from attempts import EXTENSIONS, FILES, NETWORK, WRITES
 
 from flows.cli import main
+from pipeline.engines import vllm_start
 
 
 def says(line: str, *parts: object) -> None:
@@ -117,6 +118,13 @@ def test_an_option_is_blamed_and_not_the_config_file(refused, tmp_path):
         (["mine", "--clips-per-group", "two"], ["--clips-per-group", "'two'", "valid integer"]),
         (["mine", "--scope", "all"], ["--scope", "'all'", "zero_advantage"]),
         (["mine", "--snapshot", "-1"], ["--snapshot", "-1"]),
+        (["mine", "--delimiter", "."], ["`mining.delimiter`", "'.'", "one white-space character"]),
+        (
+            ["mine", "--what-if", "delimiter=\\n\\n"],
+            ["`delimiter` in --what-if", "one white-space character"],
+        ),
+        (["mine", "--tokenizer", "."], ["--tokenizer", "--delimiter", "echomine mine --help"]),
+        (["mine", "--delimiter", "\\n", "--tokenizer", "none"], ["no folder none"]),
         (["sql", "--example", "wasted_token"], ["`wasted_token`", "did you mean `wasted_tokens`?"]),
         (["sql", "select 1", "--examples"], ["one of QUERY", "echomine sql --help"]),
         (["sql", "select 1", "--memory-limit", "2"], ["`2` is no size", "2GB"]),
@@ -169,6 +177,12 @@ def test_servers_that_are_not_named_are_asked_for(refused, tmp_path):
     config = tmp_path / "night.toml"
     config.write_text('[engine]\nkind = "server"\n[engine.server]\nendpoints = ["gpu1:8000"]\n')
     says(refused("generate", "--config", config), "`gpu1:8000`", "no URL", "http://gpu1:8000/v1")
+
+
+@pytest.mark.parametrize("command", ["generate", "nightly"])
+def test_a_vllm_that_was_not_tested_is_named_with_the_range(refused, monkeypatch, command):
+    monkeypatch.setattr(vllm_start, "installed_version", lambda: "0.99.0")
+    says(refused(command, "--engine", "vllm"), "vLLM 0.99.0 is outside", "0.32", "Install one of these")
 
 
 def test_an_unknown_dtype_is_refused_with_the_known_ones(refused, tmp_path):
@@ -305,11 +319,22 @@ def test_cut_off_shards_are_not_trained_on(refused, shards, tmp_path):
     says(line, file, "not as it was exported", "Export the shards again")
 
 
-def test_shards_of_another_tokenizer_are_not_trained_on(refused, shards, tmp_path):
+@pytest.fixture
+def other_model(tmp_path: Path) -> Path:
+    """A copy of the model whose tokenizer has two digits in each other's place."""
     folder = model_copy(tmp_path)
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     ids = tokenizer["model"]["vocab"]
     ids["7"], ids["8"] = ids["8"], ids["7"]
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    line = refused("train", shards, "--lake", tmp_path / "new-lake", "--model", folder)
+    return folder
+
+
+def test_steps_are_not_split_again_by_another_tokenizer(refused, other_model):
+    line = refused("mine", "--delimiter", "\\n", "--tokenizer", other_model)
+    says(line, "of another tokenizer", "Give --tokenizer the folder of the model that sampled them")
+
+
+def test_shards_of_another_tokenizer_are_not_trained_on(refused, shards, tmp_path, other_model):
+    line = refused("train", shards, "--lake", tmp_path / "new-lake", "--model", other_model)
     says(line, "mined with tokenizer", "not this model's", "Train the model that sampled them")

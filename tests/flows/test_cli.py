@@ -173,7 +173,7 @@ def test_a_reader_that_leaves_early_gets_no_traceback(new_lake):
 def test_a_fault_of_ours_keeps_its_traceback_and_exits_with_1():
     code = (
         "import sys, pipeline.doctor as doctor, flows.cli\n"
-        "doctor.examine = lambda config, lake: 1 / 0\n"
+        "doctor.examine = lambda *arguments: 1 / 0\n"
         "sys.exit(flows.cli.main(['doctor']))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

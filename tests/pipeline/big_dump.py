@@ -42,7 +42,7 @@ def write(path: Path, num_mib: int) -> int:
 
 def import_(path: Path, folder: Path) -> float:
     """Imports the dump into a new lake; the greatest resident memory of this process, MiB."""
-    from pipeline.importing import import_rollouts, with_formats
+    from pipeline.imports.core import import_rollouts, with_formats
     from pipeline.lake import Lake
     from pipeline.models import model_folder
     from pipeline.tokenization import load_tokenizer

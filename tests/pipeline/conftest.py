@@ -10,7 +10,7 @@ from postgres_server import Server
 
 from pipeline.lake import Lake
 
-ON_BOTH_CATALOGS = {"test_lake", "test_mine", "test_ingest"}
+ON_BOTH_CATALOGS = {"test_lake", "test_mine", "test_ingest", "test_set_aside"}
 ON_POSTGRES = {"test_catalog_postgres"}
 
 

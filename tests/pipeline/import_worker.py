@@ -16,11 +16,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from sample_lake import character_tokenizer
 
-import pipeline.import_batches
-import pipeline.import_staging
-from pipeline import importing
-from pipeline.import_batches import Batch
-from pipeline.import_staging import ImportStaging
+import pipeline.imports.batches
+import pipeline.imports.staging
+from pipeline.imports import core
+from pipeline.imports.batches import Batch
+from pipeline.imports.staging import ImportStaging
 from pipeline.lake import Lake
 
 
@@ -30,8 +30,8 @@ def killed() -> None:
 
 def main() -> None:
     folder, when, *files = sys.argv[1:]
-    pipeline.import_staging.PART_BYTES = 4096  # many parts
-    pipeline.import_batches.BATCH_ITEMS = 500
+    pipeline.imports.staging.PART_BYTES = 4096  # many parts
+    pipeline.imports.batches.BATCH_ITEMS = 500
     seen = 0
 
     def counted(*_: object) -> None:
@@ -49,10 +49,10 @@ def main() -> None:
 
         ImportStaging.add = adding  # type: ignore[method-assign]
     else:
-        commit = importing._committed
-        importing._committed = lambda *a: (counted(), commit(*a))[1]  # type: ignore[assignment]
-    dumps = importing.with_formats([Path(file) for file in files])
-    importing.import_rollouts(Lake.open(Path(folder)), dumps, character_tokenizer())
+        commit = core._committed
+        core._committed = lambda *a: (counted(), commit(*a))[1]  # type: ignore[assignment]
+    dumps = core.with_formats([Path(file) for file in files])
+    core.import_rollouts(Lake.open(Path(folder)), dumps, character_tokenizer())
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import pipeline.lake
 from pipeline.errors import LakeError
 from pipeline.lake import Lake
+from pipeline.lake_writer import Writer
 from pipeline.rollouts import rollout_table
 
 
@@ -70,8 +70,20 @@ def die(folder: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     lake = Lake.open(folder)
-    pipeline.lake._insert = killed  # the row in `files`, right after the data file was registered
+    Writer._insert = killed  # the row in `files`, right after the data file was registered
     lake.commit({"rollouts": rollout_table([rollout("lost", i) for i in (0, 1)])})
+
+
+def set_aside(folder: Path, after: str) -> None:
+    """Killed before the file is moved, or after `moved` it, or after `ended` it in the catalog."""
+    import pipeline.set_aside
+
+    def killed(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    step = {"nothing": "_moved", "moved": "_end", "ended": "_quarantine"}[after]
+    setattr(pipeline.set_aside, step, killed)
+    pipeline.set_aside.set_aside(Lake.open(folder))
 
 
 def fill(folder: Path) -> None:
@@ -99,6 +111,8 @@ if __name__ == "__main__":
         maintain(Path(target), int(rest[0]))
     elif task == "die":
         die(Path(target))
+    elif task == "set_aside":
+        set_aside(Path(target), rest[0])
     elif task == "fill":
         fill(Path(target))
     elif task == "create":

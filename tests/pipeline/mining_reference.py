@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -38,6 +40,21 @@ def successes(group: list[Row], config: MiningConfig) -> list[Row]:
         and (row["finish_reason"] != "length" or config.allow_truncated)
         and config.entropy_kind in (None, row["entropy_kind"] or config.entropy_kind)
     ]
+
+
+def steps(texts: Sequence[str], special: Collection[int], delimiter: str) -> list[int]:
+    """Exclusive ends of the steps of a completion whose tokens add `texts`."""
+    content = [i for i, text in enumerate(texts) if text.strip() and i not in special]
+    ends = []
+    for i, k in pairwise(content):
+        gap = {j: texts[j] for j in range(i + 1, k) if j not in special}
+        gap[i] = texts[i][len(texts[i].rstrip()) :]
+        holders = [j for j, text in gap.items() if delimiter in text]
+        if holders:
+            ends.append(max(holders) + 1)
+        elif delimiter in texts[k][: -len(texts[k].lstrip())]:
+            ends.append(k)
+    return [*ends, len(texts)] if texts else []
 
 
 def best_step(row: Row, config: MiningConfig) -> tuple[float, int, int] | None:

@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from flows.cli import main
-from pipeline.audit import Audit, ClassFigures, audit
-from pipeline.audit_page import write_audit_page
-from pipeline.audit_rules import RuleFigures
+from pipeline.audits.core import Audit, ClassFigures, audit
+from pipeline.audits.page import write_audit_page
+from pipeline.audits.rules import RuleFigures
 from pipeline.config import MiningConfig
 from pipeline.errors import FormatError, LakeError
 from pipeline.models import model_folder

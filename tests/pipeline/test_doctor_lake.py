@@ -11,6 +11,7 @@ from sample_lake import SampleLake
 from flows.cli import main
 from pipeline.doctor import Finding, examine_lake
 from pipeline.lake import Lake
+from pipeline.lake_writer import Writer
 
 SOME_PROMPT = "(select min(prompt_id) from prompts)"
 SOME_CLIP = "(select min(rollout_id) from echo_clips)"
@@ -54,9 +55,9 @@ def bad(lake: Lake) -> list[Finding]:
 
 
 def change(lake: Lake, sql: str) -> None:
-    def run(connection, _written) -> None:
-        connection.execute("begin")
-        connection.execute(sql)
+    def run(writer: Writer) -> None:
+        writer.begin()
+        writer.connection.execute(sql)
 
     lake.changed(run)
 

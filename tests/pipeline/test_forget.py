@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from datetime import UTC, datetime
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from filelock import FileLock
@@ -16,13 +18,16 @@ from pipeline.config import ExportConfig, MiningConfig
 from pipeline.errors import BusyError, PromptError
 from pipeline.exports.core import export_clips
 from pipeline.exports.shards import SHARDS
-from pipeline.forget import find, forget
+from pipeline.forget import forget
+from pipeline.forgetting import find
 from pipeline.forgotten import Forgotten
 from pipeline.ingest import ingest
 from pipeline.lake import Lake
 from pipeline.mine import mine
+from pipeline.quarantine import Refused
 from pipeline.records import Prompt
-from pipeline.rollouts import Refused, rollout_table
+from pipeline.rollouts import rollout_table
+from pipeline.schema import SCORINGS
 from pipeline.shards import load_clips
 
 SECRET, WRITTEN = "zzz Quokka 7141 zzz", "aaa Wombat 9253 aaa"  # the last and the first of their columns
@@ -142,7 +147,9 @@ def test_shards_that_are_out_are_named_and_lose_the_clip(builder: LakeBuilder, t
     assert export_clips(lake, tmp_path / "shards", SHARDS, ExportConfig()).clips == 1
 
 
-def test_a_night_that_runs_is_waited_for_and_its_leavings_are_tidied(builder: LakeBuilder) -> None:
+def test_it_is_refused_while_a_night_runs_and_tidies_its_leavings_afterwards(
+    builder: LakeBuilder,
+) -> None:
     lake = builder.lake
     run = lake.folder / "runs" / "run-1"
     run.mkdir(parents=True)
@@ -153,4 +160,18 @@ def test_a_night_that_runs_is_waited_for_and_its_leavings_are_tidied(builder: La
         forget(lake, found)
     assert forget(lake, found).reports == [str(run / "report.html")]
     assert json.loads((run / "run.json").read_text()) == {"snapshot": None, "done": True}
+    assert WRITTEN not in everything(lake.folder)
+
+
+def test_a_scorer_that_holds_its_rollouts_does_not_bring_them_back(builder: LakeBuilder) -> None:
+    lake = builder.lake
+    scored, kept = rollout_table(builder.rows[-1:]), rollout_table(builder.rows[:1])
+    rows = pa.concat_tables([kept, scored])
+    facts = {"model": "small", "weights_hash": "w", "policy_version": 0, "scored_at": datetime.now(UTC)}
+    notes = [{"rollout_id": rollout_id, **facts} for rollout_id in rows["rollout_id"].to_pylist()]
+    scorings = pa.Table.from_pylist(notes, SCORINGS)
+    forget(lake, find(lake, [SECRET_PROMPT.prompt_id]))
+    assert lake.replace_rollouts(rows, scorings) == 1
+    assert lake.replace_rollouts(scored, scorings.slice(1)) == 0
+    assert lake_rows(lake, "scorings")["rollout_id"].to_pylist() == kept["rollout_id"].to_pylist()
     assert WRITTEN not in everything(lake.folder)

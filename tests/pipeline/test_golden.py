@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mining_reference import walked
+from mining_reference import steps, walked
 
 from pipeline.config import MiningConfig
 from pipeline.ingest import ingest
@@ -160,3 +160,17 @@ def test_groups_have_their_golden_class(classes: dict[str, str], case: dict[str,
 @pytest.mark.parametrize("case", GOLDEN["splitting"], ids=lambda case: case["name"])
 def test_completions_split_into_their_golden_steps(case: dict[str, Any]) -> None:
     assert step_ends(case["token_texts"], case["special_positions"]) == case["step_ends"]
+
+
+@pytest.mark.parametrize("case", GOLDEN["splitting"], ids=lambda case: case["name"])
+def test_the_reference_splits_into_the_golden_steps(case: dict[str, Any]) -> None:
+    assert steps(case["token_texts"], case["special_positions"], "\n") == case["step_ends"]
+
+
+@pytest.mark.parametrize("delimiter", [" ", "\t", "\u2028"])
+@pytest.mark.parametrize("case", GOLDEN["splitting"], ids=lambda case: case["name"])
+def test_another_delimiter_in_the_place_of_newlines_gives_the_golden_steps(
+    case: dict[str, Any], delimiter: str
+) -> None:
+    texts = [text.replace(delimiter, "\r").replace("\n", delimiter) for text in case["token_texts"]]
+    assert step_ends(texts, case["special_positions"], delimiter) == case["step_ends"]

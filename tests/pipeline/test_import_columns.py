@@ -12,9 +12,10 @@ import pytest
 from sample_lake import EOS_ID, character_tokenizer
 
 from pipeline.errors import EchoMineError
-from pipeline.import_columns import completed_columns
-from pipeline.import_rows import ImportContext, completed_row
-from pipeline.import_types import columns_of_rows, columns_of_table
+from pipeline.imports.columns import completed_columns
+from pipeline.imports.context import ImportContext
+from pipeline.imports.rows import completed_row
+from pipeline.imports.types import columns_of_rows, columns_of_table
 from pipeline.rollouts import unnamed_table
 
 TOKENIZER = character_tokenizer()

@@ -17,11 +17,11 @@ import pyarrow.parquet as pq
 import pytest
 from sample_lake import EOS_ID, character_tokenizer
 
-import pipeline.import_batches
-import pipeline.import_staging
+import pipeline.imports.batches
+import pipeline.imports.staging
 from pipeline.errors import FormatError
 from pipeline.formats.source_rows import Format, SourceRow
-from pipeline.importing import import_rollouts, num_unscored, with_formats
+from pipeline.imports.core import import_rollouts, num_unscored, with_formats
 from pipeline.ingest import Ingested
 from pipeline.lake import Lake
 
@@ -59,8 +59,8 @@ def contents(lake: Lake) -> dict[str, list[dict[str, Any]]]:
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline.import_staging, "PART_BYTES", 4096)
-    monkeypatch.setattr(pipeline.import_batches, "BATCH_ITEMS", 500)
+    monkeypatch.setattr(pipeline.imports.staging, "PART_BYTES", 4096)
+    monkeypatch.setattr(pipeline.imports.batches, "BATCH_ITEMS", 500)
 
 
 def undisturbed(lake: Lake, tmp_path: Path, path: Path) -> dict[str, list[dict[str, Any]]]:
@@ -81,7 +81,7 @@ def test_parts_end_in_the_same_rows_as_one(lake: Lake, tmp_path: Path, small_par
         partly = "select group_size, count(*) as n from rollouts where group_id = 'g1' group by group_size"
         # one of the four was refused; the cut line that names the group says nothing
         assert reader.rows(partly) == [{"group_size": 4, "n": 3}]
-    pipeline.import_staging.PART_BYTES = 48 << 20
+    pipeline.imports.staging.PART_BYTES = 48 << 20
     assert contents(lake) == undisturbed(Lake.create(tmp_path / "empty"), tmp_path, path)
     assert list((lake.folder / "staging").iterdir()) == []
 
@@ -109,8 +109,8 @@ def test_a_killed_import_run_again_ends_in_the_rows_of_an_undisturbed_one(
 
 
 def test_a_running_import_keeps_its_staging_folder(lake: Lake) -> None:
-    with pipeline.import_staging.ImportStaging(lake.folder, 1) as first:
-        with pipeline.import_staging.ImportStaging(lake.folder, 1) as second:
+    with pipeline.imports.staging.ImportStaging(lake.folder, 1) as first:
+        with pipeline.imports.staging.ImportStaging(lake.folder, 1) as second:
             assert first.folder.is_dir()
         assert not second.folder.exists()
         assert first.folder.is_dir()

@@ -11,7 +11,7 @@ from pipeline.config import MiningConfig
 from pipeline.ingest import Ingested, ingest
 from pipeline.lake import Lake
 from pipeline.mine import mine
-from pipeline.rollouts import Refused
+from pipeline.quarantine import Refused
 
 
 def put(lake: Lake, rows: list[dict[str, Any]], refused: list[Refused] | None = None) -> Ingested:

@@ -13,18 +13,21 @@ from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
+import duckdb
 import pyarrow as pa
 import pytest
 from lake_worker import rollout
 
-import pipeline.lake
-import pipeline.lake_reader
 from pipeline import schema
 from pipeline.config import MiningConfig
 from pipeline.errors import LakeError
 from pipeline.lake import Lake
+from pipeline.lake_upkeep import delete_orphans
+from pipeline.lake_writer import Writer
 from pipeline.mine import mine
-from pipeline.rollouts import Refused, quarantine_table, rollout_table
+from pipeline.news import touched_groups
+from pipeline.quarantine import Refused, quarantine_table
+from pipeline.rollouts import rollout_table
 
 WORKER = Path(__file__).with_name("lake_worker.py")
 
@@ -91,7 +94,6 @@ def test_a_lake_of_an_older_schema_gets_the_tables_it_lacks(
     with monkeypatch.context() as patch:
         patch.setattr(schema, "TABLES", older)
         patch.setattr(schema, "SCHEMA_VERSION", 2)
-        patch.setattr(pipeline.lake_reader, "views", tuple)  # theirs knew no later tables
         Lake.create(tmp_path / "lake").commit(group("a"))
     lake = Lake.open(tmp_path / "lake")
     assert groups_in(lake) == ["a"]
@@ -124,15 +126,15 @@ def test_a_commit_whose_second_table_fails_leaves_no_row_and_no_file(lake: Lake)
 
 
 def test_a_commit_that_is_tried_again_leaves_one_file(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
-    insert, calls = pipeline.lake._insert, []
+    insert, calls = Writer._insert, []
 
     def locked_once(*arguments: object) -> None:
         calls.append(arguments)
         if len(calls) == 1:
-            raise pipeline.lake.duckdb.TransactionException("database is locked")
+            raise duckdb.TransactionException("database is locked")
         insert(*arguments)
 
-    monkeypatch.setattr(pipeline.lake, "_insert", locked_once)
+    monkeypatch.setattr(Writer, "_insert", locked_once)
     lake.commit(group("a"))
     assert len(calls) == 2
     assert len(data_files(lake)) == 1
@@ -148,8 +150,8 @@ def test_every_commit_can_be_read_again(lake: Lake) -> None:
     assert groups_in(lake) == ["a", "b"]
     with lake.reader() as reader:
         assert reader.data_snapshot() == reader.snapshot > first
-        assert reader.touched_groups(first).to_pydict() == {"group_id": ["b"]}
-        assert reader.touched_groups(reader.snapshot).num_rows == 0
+        assert touched_groups(reader, first).to_pydict() == {"group_id": ["b"]}
+        assert touched_groups(reader, reader.snapshot).num_rows == 0
     with pytest.raises(LakeError, match=r"has no snapshot 99\. See"), lake.reader(99):
         pass
 
@@ -311,10 +313,10 @@ def test_a_writer_killed_before_its_commit_leaves_only_an_orphan(lake: Lake) -> 
     (orphan,) = set(data_files(lake)) - {kept, *clips}
     partial = kept.with_name(f".{kept.name}.0.partial")
     partial.write_bytes(b"cut off")
-    assert lake.delete_orphans() == 0, "it may still be under way"
+    assert delete_orphans(lake) == 0, "it may still be under way"
     os.utime(orphan, (0, 0))
     os.utime(partial, (0, 0))
-    assert lake.delete_orphans(older_than=timedelta(hours=1)) == 2
+    assert delete_orphans(lake, older_than=timedelta(hours=1)) == 2
     assert set(data_files(lake)) == {kept, *clips}
     assert lake.commit(group("lost")) == {"rollouts": 2}
     assert groups_in(lake) == ["a", "lost"]

@@ -16,8 +16,10 @@ from lake_worker import rollout
 from pipeline.config import MaintainConfig, MiningConfig
 from pipeline.errors import LakeError
 from pipeline.lake import Lake
+from pipeline.lake_upkeep import delete_orphans, maintained
 from pipeline.maintenance import maintain
 from pipeline.mine import mine
+from pipeline.news import touched_groups
 from pipeline.rollouts import rollout_table
 from pipeline.schema import CLIP_USES
 
@@ -58,9 +60,9 @@ def test_merged_files_hold_the_same_rows_at_every_snapshot_and_their_hash_is_rec
         (path,) = reader.data_files()
         assert reader.recorded_hashes().keys() > {path}
         assert reader.verification(everything=True).damaged() == []
-        news = reader.touched_groups(snapshots[1])
+        news = touched_groups(reader, snapshots[1])
         assert sorted(news["group_id"].to_pylist()) == ["c", "d"], "merged rows are no news"
-        assert reader.touched_groups(snapshots[3]).num_rows == 0
+        assert touched_groups(reader, snapshots[3]).num_rows == 0
     assert len(files_of(lake)) == 5, "the merged ones stay for who reads them"
 
 
@@ -128,14 +130,14 @@ def test_a_training_keeps_the_snapshot_of_a_mining_that_is_older(lake: Lake) -> 
     put(lake, "a")
     mined = mine(lake, MiningConfig())
     put(lake, "b")
-    with lake.maintained() as connection:
+    with maintained(lake) as connection:
         connection.execute("update mining_runs set created_at = now() - interval 100 days")
     assert mined.snapshot in snapshots_of(lake)
     with lake.reader() as reader:
         (clip,) = reader.rows("select clip_id from echo_clips")
     use = {"training_id": "t", "optim_step": 0, "clip_loss": 0.5, **clip}
     lake.commit({"clip_uses": pa.Table.from_pylist([use], CLIP_USES)})
-    with lake.maintained() as connection:
+    with maintained(lake) as connection:
         connection.execute("update clip_uses set created_at = now() - interval 10 days")
     maintain(lake, AT_ONCE)
     assert mined.snapshot in snapshots_of(lake)
@@ -209,4 +211,4 @@ def test_a_writer_and_a_reader_go_on_while_the_lake_is_maintained(lake: Lake) ->
     with lake.reader() as reader:
         assert reader.verification(everything=True).damaged() == []
         assert reader.unrecorded_files() == []
-    assert lake.delete_orphans(timedelta(0)) == 0
+    assert delete_orphans(lake, timedelta(0)) == 0

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from lake_worker import rollout
 
@@ -14,6 +16,7 @@ from pipeline.errors import LakeError, MiningError
 from pipeline.ingest import ingest
 from pipeline.lake import Lake
 from pipeline.mine import FEW_TWINS, Mining, mine
+from pipeline.schema import VERDICTS
 
 Row = dict[str, Any]
 
@@ -63,6 +66,61 @@ def test_an_older_snapshot_the_news_since_it_or_one_run_can_be_mined(lake: Lake)
     assert news.groups == {"all_success": 2}, "c with both its rollouts"
     assert mine(lake, config, since_snapshot=newest(lake)).groups == {}
     assert {clip["group_id"] for clip in clips_of(lake, mine(lake, config, run_id="two"))} == {"b"}
+
+
+def test_a_group_that_spans_runs_is_for_each_run_what_that_run_holds_of_it(lake: Lake) -> None:
+    for place, run in enumerate(["one", "one", "two", "two"]):
+        entropy = 0.5 + place  # the best clip of all is of the other run
+        row = rollout("a", place) | {"run_id": run, "completion_entropies": [entropy] * 2}
+        put(lake, row | {"reward": 0.0 if place == 3 else 1.0})
+    config = MiningConfig(scope="any_success", clips_per_group=4)
+    one, two = (mine(lake, config, run_id=run) for run in ("one", "two"))
+    assert (one.groups, two.groups) == ({"all_success": 1}, {"mixed": 1})
+    assert sorted(clip["sample_index"] for clip in clips_of(lake, one)) == [0, 1]
+    assert [clip["sample_index"] for clip in clips_of(lake, two)] == [2]
+    assert sorted(clip["sample_index"] for clip in clips_of(lake, mine(lake, config))) == [0, 1, 2]
+
+
+def judge(lake: Lake, group_id: str, reward: float, version: str, run_id: str | None = None) -> None:
+    with lake.reader() as reader:
+        sql = (
+            "select rollout_id from rollouts "
+            "where group_id = $group_id and ($run_id is null or run_id = $run_id) order by sample_index"
+        )
+        ids = reader.rows(sql, {"group_id": group_id, "run_id": run_id})
+    verdict = {
+        "verifier": "exact",
+        "verifier_version": version,
+        "reward": reward,
+        "judged_at": datetime.now(UTC),
+    }
+    lake.commit({"verdicts": pa.Table.from_pylist([ids[0] | verdict], VERDICTS)})
+
+
+def test_a_verdict_that_changes_a_reward_makes_its_group_news_and_one_that_agrees_does_not(
+    lake: Lake,
+) -> None:
+    put(lake, *group("a", run_id="one"), *group("b", run_id="two"), *group("c", run_id="two"))
+    config = MiningConfig()
+    mine(lake, config)
+    then = newest(lake)
+    judge(lake, "b", 1.0, "2")
+    assert mine(lake, config, since_snapshot=then).groups == {}
+    judge(lake, "a", 0.0, "2")
+    overturned = newest(lake)
+    assert mine(lake, config, since_snapshot=then).groups == {"mixed": 1}
+    judge(lake, "a", 1.0, "3")
+    assert mine(lake, config, since_snapshot=then).groups == {}, "it counts as it did then"
+    restored = mine(lake, config, since_snapshot=overturned)
+    assert [clip["group_id"] for clip in clips_of(lake, restored)] == ["a"]
+
+
+def test_a_group_that_spans_runs_is_judged_again_whole(lake: Lake) -> None:
+    put(lake, rollout("a", 0) | {"run_id": "one"}, rollout("a", 1) | {"run_id": "two"})
+    put(lake, *group("b", run_id="zero"))
+    then = newest(lake)
+    judge(lake, "a", 0.0, "2", run_id="two")
+    assert mine(lake, MiningConfig(), since_snapshot=then).groups == {"mixed": 1}
 
 
 def test_entropies_of_several_kinds_are_ranked_only_if_one_is_chosen(lake: Lake) -> None:

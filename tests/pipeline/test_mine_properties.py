@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import pytest
 from hypothesis import HealthCheck, Phase, assume, event, given, settings
 from hypothesis import strategies as st
 from lake_worker import rollout
-from mining_reference import CLIP, Row, SeveralKinds, walked
+from mining_reference import CLIP, Row, SeveralKinds, steps, walked
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from pipeline.config import MiningConfig
 from pipeline.errors import MiningError
@@ -28,6 +31,7 @@ REWARDS = {
     "equal": st.just(1 / 3),
     "mixed": st.sampled_from([0.0, 1 / 3, 0.5, 0.75, 1.0, 1.0 + 1e-6, 2.0]),
 }
+PIECES = ("a", "b\n", "\n", " ", " c", "\nd", "e\u2028 ", "<eos>")
 SETTINGS = settings(
     deadline=None,  # a lake's speed is the machine's
     derandomize=bool(os.environ.get("CI")),
@@ -114,10 +118,36 @@ CONFIGS = st.builds(
 OPTION_SETS = st.lists(CONFIGS, min_size=4, max_size=4, unique_by=lambda config: config.model_dump_json())
 
 
+@cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(PIECES)}, unk_token="a"))
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+
+
+def spelled(rows: list[Row], pieces: list[int]) -> list[Row]:
+    """The rows with tokens of the tokenizer, equal completions staying equal."""
+
+    def ids(row: Row) -> list[int]:
+        return [pieces[4 * token + place % 4] for place, token in enumerate(row["completion_ids"])]
+
+    return [row | {"completion_ids": ids(row)} for row in rows]
+
+
+def split_at(rows: list[Row], delimiter: str) -> list[Row]:
+    """The rows with the reference's steps."""
+
+    def ends(ids: list[int]) -> list[int]:
+        special = [place for place, token in enumerate(ids) if PIECES[token] == "<eos>"]
+        return steps([PIECES[token] for token in ids], special, delimiter)
+
+    return [row | {"step_ends": ends(row["completion_ids"])} for row in rows]
+
+
 def mined(lake: Lake, config: MiningConfig) -> tuple[Counter[str], Counter[str], list[Row]]:
     """What SQL gives, in the form of `walked`."""
     try:
-        mining = mine(lake, config)
+        mining = mine(lake, config, tokenizer=tokenizer)
     except MiningError as error:
         raise SeveralKinds from error
     with lake.reader() as reader:
@@ -128,14 +158,17 @@ def mined(lake: Lake, config: MiningConfig) -> tuple[Counter[str], Counter[str],
     return Counter(mining.groups), Counter(mining.dropped), found
 
 
-def check(empty: Path, rows: list[Row], configs: list[MiningConfig]) -> None:
+def check(
+    empty: Path, rows: list[Row], configs: list[MiningConfig], mined_rows: list[Row] | None = None
+) -> None:
+    """Mines a lake of `rows`; a walk over `mined_rows`, by default the same, finds as much."""
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(empty, Path(folder) / "lake")
         lake = Lake.open(Path(folder) / "lake")
         assert ingest(lake, rows, ["made up"] * len(rows)).written == len(rows)
         for config in configs:
             try:
-                expected = walked(rows, config)
+                expected = walked(mined_rows or rows, config)
             except SeveralKinds:
                 event("refused: several kinds of entropy")
                 with pytest.raises(SeveralKinds):
@@ -152,6 +185,30 @@ def test_sql_and_a_plain_walk_of_the_rules_choose_the_same_clips(
     empty: Path, rows: list[Row], configs: list[MiningConfig]
 ) -> None:
     check(empty, rows, configs)
+
+
+@settings(SETTINGS, max_examples=4, phases=[Phase.generate, Phase.shrink])
+@given(rows=lakes(), configs=OPTION_SETS, pieces=st.permutations(range(len(PIECES))))
+def test_splitting_again_at_newlines_mines_the_clips_of_the_stored_steps(
+    empty: Path, rows: list[Row], configs: list[MiningConfig], pieces: list[int]
+) -> None:
+    again = [config.model_copy(update={"delimiter": "\n"}) for config in configs[1:]]
+    check(empty, split_at(spelled(rows, pieces), "\n"), [configs[1], *again])
+
+
+@settings(SETTINGS, max_examples=4, phases=[Phase.generate, Phase.shrink])
+@given(
+    rows=lakes(),
+    configs=OPTION_SETS,
+    pieces=st.permutations(range(len(PIECES))),
+    delimiter=st.sampled_from(["\n", " ", "\u2028", "\t"]),
+)
+def test_sql_and_a_plain_walk_split_at_any_delimiter_whatever_steps_are_stored(
+    empty: Path, rows: list[Row], configs: list[MiningConfig], pieces: list[int], delimiter: str
+) -> None:
+    given_steps = spelled(rows, pieces)
+    configs = [config.model_copy(update={"delimiter": delimiter}) for config in configs]
+    check(empty, given_steps, configs, split_at(given_steps, delimiter))
 
 
 @pytest.mark.slow

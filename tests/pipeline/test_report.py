@@ -17,12 +17,13 @@ from sample_lake import LakeBuilder
 from pipeline.config import MiningConfig
 from pipeline.errors import LakeError, MiningError
 from pipeline.mine import mine
+from pipeline.quarantine import Refused
 from pipeline.records import Prompt
 from pipeline.report import write_report
 from pipeline.report_charts import CLASS_COLOURS, classes_charts, training_charts
 from pipeline.report_clips import clip_views
 from pipeline.report_text import embedded_json, number, percent, printable, with_newlines_marked
-from pipeline.rollouts import Refused, prompt_table
+from pipeline.rollouts import prompt_table
 
 TAKE = "document.title='taken'"
 HOSTILE = (
@@ -212,7 +213,7 @@ def test_a_token_tells_its_entropy_and_logprob_and_is_shaded_by_its_entropy(samp
         "completion_ids": sample_lake.tokenizer("a\n")["input_ids"],
         "completion_entropies": [0.0, 1.25],
         "completion_logprobs": [-0.5, -2.0],
-        "step_ends": [2], "step_entropies": [0.625], "step_index": 0,
+        "step_ends": [2], "step_entropies": [0.625], "step_index": 0, "delimiter": None,
         "tokenizer_hash": None, "messages": None, "prompt_ids": sample_lake.tokenizer("b<")["input_ids"],
     }  # fmt: skip
     clip = clip_views([row], sample_lake.tokenizer).clips[0]
@@ -226,7 +227,7 @@ def test_a_token_tells_its_entropy_and_logprob_and_is_shaded_by_its_entropy(samp
 def test_rollouts_of_another_tokenizer_are_shown_as_ids(sample_lake):
     row = {
         "completion_ids": [70_001, 5], "completion_entropies": [0.1, 0.2], "completion_logprobs": None,
-        "step_ends": [2], "step_entropies": [0.15], "step_index": 0,
+        "step_ends": [2], "step_entropies": [0.15], "step_index": 0, "delimiter": None,
         "messages": None, "prompt_ids": [9, 8],
     }  # fmt: skip
     for known_as in ("another", None):  # None: not recorded, but no token of this tokenizer has such an id

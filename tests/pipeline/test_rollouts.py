@@ -12,8 +12,9 @@ from lake_worker import rollout
 from sample_lake import EOS_ID, character_tokenizer
 
 from pipeline.config import SamplingConfig
+from pipeline.quarantine import Refused, quarantine_table
 from pipeline.records import Group, Judgement, Policy, Prompt, Run, Sample
-from pipeline.rollouts import Refused, Sampled, checked, quarantine_table, rollout_rows, rollout_table
+from pipeline.rollouts import Sampled, checked, rollout_rows, rollout_table
 from pipeline.steps import StepSpanError
 
 NAN, INF = float("nan"), float("inf")

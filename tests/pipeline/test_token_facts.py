@@ -10,8 +10,8 @@ from sample_lake import character_tokenizer
 from tokenizers import AddedToken, ByteLevelBPETokenizer, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from pipeline.imports.token_facts import TokenFacts
 from pipeline.models import model_folder
-from pipeline.token_facts import TokenFacts
 from pipeline.tokenization import completion_step_ends, completion_text, load_tokenizer
 
 
@@ -70,21 +70,21 @@ def flat(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@pytest.mark.parametrize("seed", range(3))
-def test_random_tokens_are_split_and_decoded_as_one_by_one(name: str, seed: int) -> None:
+@pytest.mark.parametrize(("seed", "delimiter"), [(0, "\n"), (1, "\n"), (2, "\n"), (0, " "), (1, "\t")])
+def test_random_tokens_are_split_and_decoded_as_one_by_one(name: str, seed: int, delimiter: str) -> None:
     tokenizer = TOKENIZERS[name]()
     rows = [*completions(len(tokenizer), seed), [], [tokenizer.eos_token_id]]
-    facts = TokenFacts(tokenizer)
+    facts = TokenFacts(tokenizer, delimiter)
     for _ in range(2):  # the second time everything is remembered
         ends, counts = facts.step_ends(*flat(rows))
         found = [part.tolist() for part in np.split(ends, np.cumsum(counts)[:-1])]
-        assert found == [completion_step_ends(tokenizer, row) for row in rows]
+        assert found == [completion_step_ends(tokenizer, row, delimiter) for row in rows]
         texts = facts.completions(*flat(rows)).to_pylist()
         assert texts == [completion_text(tokenizer, row) for row in rows]
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_characters_of_several_byte_tokens_are_put_together(seed: int) -> None:
+@pytest.mark.parametrize(("seed", "delimiter"), [(0, "\n"), (1, "\n"), (2, "\n"), (0, " "), (1, " ")])
+def test_characters_of_several_byte_tokens_are_put_together(seed: int, delimiter: str) -> None:
     tokenizer = byte_fallback()
     random = np.random.default_rng(seed)
     whole = [[tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in c.encode()] for c in "π🙂\né "]
@@ -92,8 +92,8 @@ def test_characters_of_several_byte_tokens_are_put_together(seed: int) -> None:
     pieces = whole + plain
     drawn = random.integers(0, len(pieces), (300, 12))
     rows = [[token for piece in row for token in pieces[piece]] for row in drawn]
-    facts = TokenFacts(tokenizer)
+    facts = TokenFacts(tokenizer, delimiter)
     ends, counts = facts.step_ends(*flat(rows))
     found = [part.tolist() for part in np.split(ends, np.cumsum(counts)[:-1])]
-    assert found == [completion_step_ends(tokenizer, row) for row in rows]
+    assert found == [completion_step_ends(tokenizer, row, delimiter) for row in rows]
     assert facts.completions(*flat(rows)).to_pylist() == [completion_text(tokenizer, row) for row in rows]

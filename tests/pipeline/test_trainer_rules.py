@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.trainer_rules import RULES
+from pipeline.audits.trainer_rules import RULES
 
 BY_NAME = {rule.trainer: rule for rule in RULES}
 SIZES = (4, 5, 6, 7, 8, 10, 12, 16, 24, 32)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from datetime import date
 from typing import Any
 
 import pytest
-from sample_lake import prompt_id
+from sample_lake import overturned, prompt_id
 
 from flows.cli import main
 from pipeline.errors import QueryError
+from pipeline.lake import Lake
 from pipeline.sqlfiles import SQL_FOLDER, example, examples
 
 FIRST, SECOND = date(2026, 3, 1), date(2026, 3, 2)
@@ -169,6 +171,23 @@ def test_a_disagreement_names_a_rollout_of_the_prompt_that_was_judged_anew(sampl
             "select prompt_id, reward from rollouts where rollout_id = $id", {"id": rollout_id}
         )
     assert rows == [{"prompt_id": prompt_id("What is 5+5?"), "reward": 1.0}]
+
+
+def test_answers_go_by_the_newest_verdict(sample_lake, tmp_path):
+    lake = Lake.open(shutil.copytree(sample_lake.lake.folder, tmp_path / "lake"))
+    rollout_id = overturned(lake)[0]
+    with lake.reader() as reader:
+        pairs = reader.rows(example("verifier_disagreements"))
+        query = "select * from {} join rollouts using (group_id) where rollout_id = $id"
+        groups = reader.rows(query.format("groups"), {"id": rollout_id})
+        varied = reader.rows(query.format("variance_top_p(1)"), {"id": rollout_id})
+        of_group = "prompt_id = $prompt_id and model = $model and policy_version = $policy_version"
+        history = reader.rows(f"from prompt_history where {of_group}", groups[0])
+    assert sum(pair["num_disagreements"] for pair in pairs) > sum(
+        row[4] for row in ANSWERS["verifier_disagreements"][1]
+    )
+    assert (groups[0]["group_class"], len(varied)) == ("mixed", 1)
+    assert history[0]["num_successes"] < history[0]["num_rollouts"]
 
 
 def test_the_history_of_a_prompt_says_what_was_learned_and_forgotten(sample_lake):

@@ -18,6 +18,7 @@ from pipeline.config import MiningConfig
 from pipeline.lake import Lake
 from pipeline.lake_reader import Reader
 from pipeline.mine import STAGES, WHOLE_LAKE
+from pipeline.news import touched_groups
 from pipeline.report import LIMITS
 from pipeline.report_charts import CLASS_COLOURS
 from pipeline.schema import TABLES
@@ -26,6 +27,7 @@ from pipeline.sqlfiles import SQL_FOLDER, params_of
 FILES = sorted(path for path in SQL_FOLDER.rglob("*.sql") if path.name != "macros.sql")
 GIVEN = {
     "touched_groups",
+    "new_steps",
     "export_drops",
     "excluded_prompts",
     "dump_rows",
@@ -38,7 +40,7 @@ MAY_BE_EMPTY = {"checks"}  # a sound lake has no offending rows
 VERIFIER_PARAMS = {"prompt_id": None, "stored_verifier": None, "verifier": "math", "verifier_version": "1"}
 SCORER_PARAMS = {"rescore": True, "weights_hash": "0123", "tokenizer_hash": "4567", "context": 512}
 EXPORT_PARAMS = {"max_tokens": None, "first": 0, "last": 100}
-UPKEEP_PARAMS = {"named_since": datetime(2020, 1, 1, tzinfo=UTC)}
+UPKEEP_PARAMS = {"named_since": datetime(2020, 1, 1, tzinfo=UTC), "since": 0}
 REPORT_PARAMS = {"night": date(2026, 3, 2), "model": "small", "num_clips": 20}
 
 
@@ -94,7 +96,7 @@ def reader(sample_lake, tmp_path_factory) -> Iterator[Reader]:
     with judged.reader() as reader:
         named = reader.table("select distinct prompt_id from echo_clips")
         reader.materialize_rows("named", named)
-        reader.materialize_rows("touched_groups", reader.touched_groups(reader.snapshot))
+        reader.materialize_rows("touched_groups", touched_groups(reader, reader.snapshot))
         export_drops = {"reason": ["max_tokens"], "num_dropped": [3]}
         reader.materialize_rows("export_drops", pa.table(export_drops))
         # the lake's rollouts, come again: by name, and with another reward in the same places
@@ -108,6 +110,7 @@ def reader(sample_lake, tmp_path_factory) -> Iterator[Reader]:
         every_run = params(sample_lake) | WHOLE_LAKE
         for stage in STAGES:
             reader.materialize(stage, (SQL_FOLDER / f"mining/{stage}.sql").read_text(), every_run)
+        reader.materialize("new_steps", "select rollout_id, step_ends, step_entropies from successes", {})
         reader.materialize(
             "dump_rows",
             "select row_number() over () as nth_row, null::varchar as sample_id, group_id, sample_index, "
@@ -122,7 +125,12 @@ def reader(sample_lake, tmp_path_factory) -> Iterator[Reader]:
 
 def params(sample_lake) -> dict[str, object]:
     mining = MiningConfig(clips_per_group=2, max_policy_lag=7).model_dump()
-    ids = {"run_id": sample_lake.run_id, "mining_id": sample_lake.mining_id, "few_twins": None}
+    ids = {
+        "run_id": sample_lake.run_id,
+        "mining_id": sample_lake.mining_id,
+        "few_twins": None,
+        "splitter": "U+0020-1",
+    }
     others = (LIMITS, SCORER_PARAMS, EXPORT_PARAMS, REPORT_PARAMS, UPKEEP_PARAMS, VERIFIER_PARAMS)
     return {
         **mining,

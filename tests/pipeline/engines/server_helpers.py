@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,12 +20,6 @@ REQUESTS = [GroupRequest(prompt, (i, 2**63 - 1 - i)) for i, prompt in enumerate(
 
 def engine(*urls: str, **settings: Any) -> ServerEngine:
     return ServerEngine(TOKENIZER, ServerConfig(endpoints=urls, **settings))
-
-
-def wait_until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not true() and time.monotonic() < deadline:
-        time.sleep(0.01)
 
 
 def spoiled(change: Callable[[dict[str, Any]], None]) -> Spoil:

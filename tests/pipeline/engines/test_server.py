@@ -14,7 +14,7 @@ from server_helpers import REQUESTS, SAMPLING, TOKENIZER, engine
 from vllm_server import MODEL, Answer, Relay, free_port
 
 from pipeline.config import SamplingConfig, ServerConfig
-from pipeline.engines.base import GroupRequest
+from pipeline.engines.base import GroupRequest, UpdatableEngine
 from pipeline.engines.server import ServerEngine
 from pipeline.errors import ConfigError, EngineError, PromptError
 from pipeline.logprobs import completion_logprobs
@@ -39,7 +39,10 @@ def test_log_probs_are_those_of_the_model_before_temperature(arith_server: str) 
 
 def test_a_group_has_its_samples_in_order_with_seeds_and_no_entropies(arith_server: str) -> None:
     request = GroupRequest(REQUESTS[0].prompt, tuple(range(8)))
-    (group,) = engine(arith_server).generate([request], SamplingConfig(max_tokens=24))
+    sampler = engine(arith_server)
+    (group,) = sampler.generate([request], SamplingConfig(max_tokens=24))
+    assert sampler.entropy_kind is None
+    assert not isinstance(sampler, UpdatableEngine)
     assert [sample.sample_index for sample in group.samples] == list(range(8))
     assert [sample.seed for sample in group.samples] == list(range(8))
     for sample in group.samples:

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 from reference import ids_by_prompt
-from server_helpers import REQUESTS, SAMPLING, engine, spoiled, status, wait_until
+from server_helpers import REQUESTS, SAMPLING, engine, spoiled, status
 from vllm_server import Answer, Relay, Spoil, free_port
+from waiting import wait_until
 
 from pipeline.errors import EngineError
 

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 from float64_reference import entropies, next_token_logprobs, sampled_tokens_logprobs
+from reference import differences
 from transformers import PreTrainedModel
 
 from pipeline.config import SamplingConfig
-from pipeline.engines.base import GroupRequest
+from pipeline.engines.base import GroupRequest, UpdatableEngine, check_sample
 from pipeline.engines.transformers import TransformersEngine
-from pipeline.errors import PromptError
+from pipeline.errors import EngineError, PromptError
 from pipeline.models import load_model
 from pipeline.prompts import prompt_messages_ids, read_prompts
 from pipeline.records import Group, Prompt, Sample
@@ -167,5 +168,41 @@ def test_a_group_is_handed_out_before_the_last_one_is_finished(arith: Arith) -> 
     assert seen[0] < seen[-1]
 
 
+def test_it_samples_from_the_model_that_it_was_given_as_it_stands() -> None:
+    model = load_model(ARITH / "model", "cpu")
+    engine = TransformersEngine(model, load_tokenizer(ARITH / "model"))
+    assert not isinstance(engine, UpdatableEngine)  # a trainer has nothing to hand it
+    request = GroupRequest(read_prompts(str(ARITH / "prompts.jsonl"), 1)[0], (1, 2))
+    (before,) = engine.generate([request], SAMPLING)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    (after,) = engine.generate([request], SAMPLING)
+    assert differences(model, [after])[1].max() <= 1e-4
+    assert differences(model, [before])[1].max() > 0.01
+
+
 def test_no_requests_are_no_groups(arith: Arith) -> None:
     assert list(arith.engine.generate([], SAMPLING)) == []
+
+
+def test_a_model_whose_logits_are_nan_gives_one_line_and_no_group(arith: Arith) -> None:
+    model = load_model(ARITH / "model", "cpu")
+    with torch.no_grad():
+        model.model.norm.weight.fill_(torch.nan)
+    engine = TransformersEngine(model, arith.engine.tokenizer)
+    with pytest.raises(EngineError, match=r"logits are not finite.*try engine\.dtype = float32"):
+        next(engine.generate([GroupRequest(arith.prompts[0], (1, 2))], SAMPLING))
+
+
+@pytest.mark.parametrize(
+    "entropies", [[0.5], [0.5, 4.7], [-0.1, 0.5]], ids=["too few", "too great", "negative"]
+)
+def test_entropies_that_no_distribution_over_the_vocabulary_has_are_refused(entropies: list[float]) -> None:
+    def sample(values: list[float]) -> Sample:
+        ids, logprobs = np.array([1, 2], np.int32), np.array([-1.0, -2.0], np.float32)
+        return Sample(0, 0, ids, logprobs, np.array(values, np.float32), "stop")
+
+    check_sample(sample([0.0, math.log(100)]), 100)
+    with pytest.raises(EngineError, match=r"of at most 4\.606 nats, and 2 log-probs for 2 tokens"):
+        check_sample(sample(entropies), 100)

@@ -25,7 +25,9 @@ GPU = {"enforce_eager": None, "gpu_memory_utilization": 0.3}  # with CUDA graphs
 
 def test_float32_entropies_are_exact_in_a_process_of_its_own(exact: PreTrainedModel) -> None:
     with opened(in_process=False, **GPU) as engine:
+        scheduler = engine._cores[0]._engine.vllm_config.scheduler_config
         groups = sampled(engine, REQUESTS, SAMPLING)
+    assert scheduler.async_scheduling  # steps are in flight while the last one's tokens are read
     of_logprobs, of_entropies = differences(exact, groups)
     assert len(of_entropies) >= 2_000
     assert max(of_entropies.max(), of_logprobs.max()) <= 1e-3

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
+import threading
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -20,10 +24,16 @@ from reference import (
 )
 from transformers import PreTrainedModel
 from vllm_engines import EXACT, TOKENIZER, agreement, config_of, opened, sampled, scaled_model
+from waiting import wait_until
 
 from pipeline.config import SamplingConfig
+from pipeline.engines import vllm_core
+from pipeline.engines.base import Engine
+from pipeline.engines.tap import Measured
 from pipeline.engines.vllm import VllmEngine
+from pipeline.engines.vllm_core import VllmCore
 from pipeline.errors import EngineError
+from pipeline.records import Sample
 
 
 @pytest.fixture(scope="module")
@@ -43,16 +53,64 @@ def test_the_core_in_its_own_process_gives_the_same_numbers(
     assert apart._cores[0].num_tapped() == 0
 
 
+def test_stop_strings_cut_the_numbers_with_the_tokens_where_the_core_ran_on(
+    apart: VllmEngine,
+    exact: PreTrainedModel,
+    transformers_engine: Engine,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kept_and_measured = []
+    sample = VllmCore._sample
+
+    def noted(core: VllmCore, index: int, seed: int, done: Any, measured: Measured) -> Sample:
+        kept_and_measured.append((len(done[0]), len(measured.entropies)))
+        return sample(core, index, seed, done, measured)
+
+    monkeypatch.setattr(VllmCore, "_sample", noted)
+    sampling = SamplingConfig(max_tokens=64, stop=("\n=", "#1"))
+    requests = requests_of(arith_prompts(12), group_size=4)
+    groups = sampled(apart, requests, sampling)
+    assert max(of.max() for of in differences(exact, groups)) <= EXACT
+    texts = [TOKENIZER.decode(s.completion_ids.tolist()) for g in groups for s in g.samples]
+    assert sum(text.endswith(("\n=", "#1")) for text in texts) > len(texts) / 2
+    assert not any("\n=" in text[:-1] or "#1" in text[:-1] for text in texts)
+    assert agreement(groups, sampled(transformers_engine, requests, sampling)) == 1.0
+    assert len(kept_and_measured) == 48
+    assert all(measured >= kept for kept, measured in kept_and_measured)
+    assert any(measured > kept for kept, measured in kept_and_measured)
+
+
 def test_weights_are_exchanged_across_processes(apart: VllmEngine, tmp_path: Path) -> None:
+    requests, sampling = requests_of(arith_prompts(24), 4), SamplingConfig(max_tokens=64)
     other = scaled_model(tmp_path / "model")
     apart.update_weights(other)
-    groups = list(apart.generate(requests_of(arith_prompts(4), 4), SamplingConfig(max_tokens=32)))
+    groups = sampled(apart, requests, sampling)
     apart.update_weights(ARITH / "model")
-    assert differences(float64_model(other), groups)[1].max() <= EXACT
+    of_logprobs, of_entropies = differences(float64_model(other), groups)
+    assert len(of_entropies) >= 2_000
+    assert max(of_entropies.max(), of_logprobs.max()) <= EXACT
 
 
 def engine_processes() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children(recursive=True) if p.name().startswith("VLLM")]
+    """Those that run; one that was killed stays a while as a zombie."""
+    return [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if process.name().startswith("VLLM") and process.status() != psutil.STATUS_ZOMBIE
+    ]
+
+
+def kill(processes: list[psutil.Process]) -> None:
+    assert processes
+    for process in processes:
+        os.kill(process.pid, signal.SIGKILL)
+
+
+def log_of(error: EngineError) -> Path:
+    """The file that the message names."""
+    found = re.search(r"Its log is (\S+\.log)\.", str(error))
+    assert found
+    return Path(found[1])
 
 
 def test_an_engine_whose_worker_or_core_is_killed_starts_again_and_no_group_is_lost(
@@ -63,23 +121,98 @@ def test_an_engine_whose_worker_or_core_is_killed_starts_again_and_no_group_is_l
     for group in apart.generate(requests, sampling):
         groups.append(group)
         if len(groups) in (3, 12):  # first the worker alone, then the core and its worker together
-            victims = [p for p in engine_processes() if len(groups) == 12 or "Worker" in p.name()]
-            assert victims
-            for process in victims:
-                os.kill(process.pid, signal.SIGKILL)
+            kill([p for p in engine_processes() if len(groups) == 12 or "Worker" in p.name()])
     check_whole(groups, requests, sampling)
     assert max(d.max() for d in differences(exact, groups)) <= EXACT
 
 
-def test_two_engines_side_by_side_share_the_groups(exact: PreTrainedModel) -> None:
+def test_an_engine_that_dies_too_often_is_one_line_and_the_next_call_starts_it_again(
+    apart: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampling, requests = SamplingConfig(max_tokens=64), requests_of(arith_prompts(24), group_size=4)
+    groups = []
+    with monkeypatch.context() as patch:
+        patch.setattr(apart._cores[0], "_config", config_of(in_process=False, max_restarts=0))
+        stream = apart.generate(requests, sampling)
+        groups.append(next(stream))
+        kill(engine_processes())
+        with pytest.raises(EngineError, match=r"max_restarts = 0\).*Finished groups are kept") as error:
+            groups.extend(stream)
+    assert "\n" not in str(error.value)
+    assert log_of(error.value).is_file()
+    assert 1 <= len(groups) < 24
+    finished = {group.prompt.prompt_id for group in groups}
+    left = [request for request in requests if request.prompt.prompt_id not in finished]
+    check_whole([*groups, *apart.generate(left, sampling)], requests, sampling)
+
+
+def refuse(*_: Any) -> None:
+    raise EngineError("There is no memory left.")
+
+
+def test_why_an_engine_does_not_start_again_is_what_the_caller_hears(
+    apart: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = apart.generate(requests_of(arith_prompts(24), group_size=4), SamplingConfig(max_tokens=64))
+    next(stream)
+    monkeypatch.setattr(vllm_core, "start_vllm", refuse)
+    kill(engine_processes())
+    with pytest.raises(EngineError, match=r"^There is no memory left\.$"):
+        list(stream)
+    assert apart._cores[0].num_tapped() == 0
+
+
+def test_two_engines_share_the_groups_and_one_that_fails_for_good_leaves_its_own_to_the_other(
+    exact: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     sampling, requests = SamplingConfig(max_tokens=48), requests_of(arith_prompts(32), group_size=4)
-    with opened(in_process=False, data_parallel=2, max_num_seqs=4) as engine:
+    with opened(in_process=False, data_parallel=2, max_num_seqs=4, max_restarts=0) as engine:
+        first, second = engine._cores
         groups = sampled(engine, requests, sampling)
-        names = [next(core._names) for core in engine._cores]
-    check_whole(groups, requests, sampling)
-    assert max(d.max() for d in differences(exact, groups)) <= EXACT
-    assert sum(names) == 32
-    assert min(names) > 0  # groups that each engine was given
+        shares = [next(core._names) for core in engine._cores]
+        (core,) = second._engine.engine_core.resources.engine_manager.processes
+        processes = [psutil.Process(core.pid), *psutil.Process(core.pid).children(recursive=True)]
+        for process in processes:
+            process.suspend()
+
+        def first_has_work() -> bool:
+            return "vllm-0" in [thread.name for thread in threading.enumerate()]
+
+        def kill_second_once_the_first_has_no_more_to_do() -> None:
+            wait_until(first_has_work)
+            wait_until(lambda: not first_has_work())
+            kill(processes)
+
+        killer = threading.Thread(target=kill_second_once_the_first_has_no_more_to_do)
+        killer.start()
+        again = sampled(engine, requests, sampling)
+        killer.join()
+        monkeypatch.setattr(vllm_core, "start_vllm", refuse)
+        with pytest.raises(EngineError, match="no memory left"):
+            engine.update_weights(scaled_model(tmp_path / "model"))  # the second cannot take them
+        prompts = {group.prompt.prompt_id: group.prompt_ids for group in groups}
+        line = deque((one, prompts[one.prompt.prompt_id]) for one in requests)
+        after = list(first.stream(line, sampling))
+    assert sum(shares) == 32
+    assert min(shares) > 0  # groups that each engine was given
+    assert next(second._names) > shares[1] + 1
+    for found in (groups, again, after):
+        assert max(of.max() for of in differences(exact, found)) <= EXACT
+
+
+def test_when_a_second_engine_does_not_start_the_first_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, start, started = set(engine_processes()), vllm_core.start_vllm, []
+
+    def only_one(*arguments: Any) -> Any:
+        if started:
+            refuse()
+        started.append(start(*arguments))
+        return started[0]
+
+    monkeypatch.setattr(vllm_core, "start_vllm", only_one)
+    with pytest.raises(EngineError, match="no memory left"), opened(in_process=False, data_parallel=2):
+        pass
+    wait_until(lambda: set(engine_processes()) <= before)
 
 
 def test_a_model_that_vllm_cannot_read_is_one_line_with_the_reason(tmp_path: Path) -> None:
@@ -89,3 +222,4 @@ def test_a_model_that_vllm_cannot_read_is_one_line_with_the_reason(tmp_path: Pat
     with pytest.raises(EngineError, match=r"vLLM does not start with .*Its log is") as error:
         VllmEngine(tmp_path / "model", TOKENIZER, config_of(in_process=False))
     assert "\n" not in str(error.value)
+    assert log_of(error.value).is_file()

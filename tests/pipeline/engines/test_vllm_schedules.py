@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ import pytest
 import torch
 from reference import (
     arith_prompts,
-    check_whole,
     differences,
     requests_of,
 )
@@ -22,7 +22,7 @@ from pipeline.config import EngineConfig, SamplingConfig
 from pipeline.engines import vllm_start
 from pipeline.errors import EngineError
 from pipeline.prompts import prompt_messages_ids
-from pipeline.records import Prompt
+from pipeline.records import Group, Prompt
 
 
 class NaiveTap(LogitsProcessor):
@@ -68,22 +68,30 @@ def test_entropies_are_exact_while_prompts_are_read_in_pieces_and_requests_preem
 
     monkeypatch.setattr(vllm_start, "_arguments", with_naive_tap)
     sampling = SamplingConfig(max_tokens=96, temperature=1.5)
+    few = requests_of(long_prompts(1), group_size=2)
     requests = requests_of([*long_prompts(8), *arith_prompts(8)], group_size=6)
     with opened(max_num_seqs=8, max_num_batched_tokens=24, kv_cache_gib=0.0075) as engine:
         core = engine._cores[0]._engine.engine_core.engine_core
         preempted = preemptions(engine, monkeypatch)
-        groups = sampled(engine, requests, sampling)
         processors = core.model_executor.driver_worker.worker.model_runner.input_batch.logitsprocs.all
         naive = next(one for one in processors if isinstance(one, NaiveTap))
-    check_whole(groups, requests, sampling)
+        in_pieces = sampled(engine, few, sampling)
+        counted_in_pieces, preempted_in_pieces = sum(naive.counts.values()), len(preempted)
+        groups = sampled(engine, requests, sampling)
     of_logprobs, of_entropies = differences(exact, groups)
     assert len(of_entropies) >= 2_000
     assert of_entropies.max() <= EXACT
     assert of_logprobs.max() <= EXACT
-    # the traps were there: requests were preempted, and counting rows goes wrong
+    # the traps were there: prompts in pieces alone make the counting of rows wrong, and then requests were
+    # preempted, too
+    assert preempted_in_pieces == 0
+    assert counted_in_pieces > num_tokens(in_pieces)
     assert len(preempted) >= 3
-    lengths = [len(sample.completion_ids) for group in groups for sample in group.samples]
-    assert sum(naive.counts.values()) > sum(lengths)
+    assert sum(naive.counts.values()) - counted_in_pieces > num_tokens(groups)
+
+
+def num_tokens(groups: Sequence[Group]) -> int:
+    return sum(len(sample.completion_ids) for group in groups for sample in group.samples)
 
 
 def test_tempered_entropies_are_those_of_the_tempered_distribution(exact: PreTrainedModel) -> None:
@@ -104,15 +112,23 @@ def test_with_vllms_own_sampler_the_tap_measures_and_vllm_tells_the_logprobs(exa
     assert max(of_entropies.max(), of_logprobs.max()) <= EXACT
 
 
-def test_bfloat16_stays_near(exact: PreTrainedModel) -> None:
+@pytest.mark.parametrize("head_dtype", ["float32", "model"])
+def test_bfloat16_stays_near_and_the_output_layer_has_the_type_that_was_asked_for(
+    exact: PreTrainedModel, head_dtype: str
+) -> None:
     sampling = SamplingConfig(max_tokens=64)
     requests = requests_of(arith_prompts(24), group_size=4)
-    with opened(dtype="bfloat16") as engine:
+    with opened(dtype="bfloat16", head_dtype=head_dtype) as engine:
+        core = engine._cores[0]._engine.engine_core.engine_core
+        model = core.model_executor.driver_worker.worker.model_runner.get_model()
+        hidden = torch.ones(1, exact.config.hidden_size, dtype=torch.bfloat16)
+        logits = model.compute_logits(hidden).float()
         groups = sampled(engine, requests, sampling)
     of_entropies = differences(exact, groups)[1]
     assert len(of_entropies) >= 2_000
     assert of_entropies.mean() <= 0.03
     assert of_entropies.max() > EXACT  # it did run in bfloat16
+    assert torch.equal(logits, logits.bfloat16().float()) == (head_dtype == "model")
 
 
 def test_a_seed_of_vllms_own_with_prompts_in_pieces_kills_a_cpu_engine() -> None:
@@ -141,11 +157,14 @@ def test_memory_that_is_not_there_names_the_setting_to_lower() -> None:
         pass
 
 
-def test_a_version_that_was_not_tested_is_named_with_the_range() -> None:
-    with pytest.raises(EngineError, match=r"vLLM 0\.99\.0 is outside .*0\.32"):
-        vllm_start.check_version("0.99.0")
-    with pytest.raises(EngineError, match="is not installed"):
-        vllm_start.check_version(None)
-    installed = vllm_start.installed_version()
-    assert installed is not None
-    vllm_start.check_version(installed)
+@pytest.mark.parametrize(
+    ("installed", "line"),
+    [("0.99.0", r"vLLM 0\.99\.0 is outside .*0\.32.*Install one of these"), (None, "vLLM is not installed")],
+)
+def test_a_version_that_was_not_tested_is_named_with_the_range_and_starts_nothing(
+    monkeypatch: pytest.MonkeyPatch, installed: str | None, line: str
+) -> None:
+    monkeypatch.setattr(vllm_start, "installed_version", lambda: installed)
+    monkeypatch.setattr(vllm_start, "_environment", pytest.fail)
+    with pytest.raises(EngineError, match=line), opened(in_process=False):
+        pass

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from vllm import SamplingParams
@@ -263,6 +264,19 @@ def test_runner_v2_prompts_in_pieces_and_resumed_requests_count_once() -> None:
     runner.check("b", 5)
 
 
+def test_runner_v2_steps_in_flight_after_the_last_token_change_nothing() -> None:
+    runner = RunnerV2()
+    runner.add("a", 3)
+    runner.add("b", 5)
+    runner.step(["a"])
+    for _ in range(MAX_TOKENS):
+        runner.step(["b", "a"])  # in the last of them a has all its tokens, and b draws its own last
+    assert len(runner.outputs["a"]) == MAX_TOKENS + 1
+    del runner.outputs["a"][MAX_TOKENS:]
+    runner.check("a", MAX_TOKENS)
+    runner.check("b", MAX_TOKENS)
+
+
 def test_speculative_decoding_is_refused_by_name() -> None:
     runner = RunnerV2()
     runner.add("a", 3)
@@ -275,18 +289,18 @@ def test_speculative_decoding_is_refused_by_name() -> None:
         runner.processor.apply(torch.zeros(2, V), context)
 
 
-def test_a_worker_ends_with_the_process_that_owns_it(tmp_path: Path) -> None:
+def test_a_worker_and_the_core_above_it_end_with_the_process_that_owns_them(tmp_path: Path) -> None:
     owner = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     script = (
-        "import time\n"
+        "import os, time\n"
         "from pipeline.engines.vllm_tap import EntropyTapProcessor\n"
         "EntropyTapProcessor(None, None, False)\n"
-        "print('ready', flush=True)\n"
+        "print(os.getpid(), flush=True)\n"
         "time.sleep(600)\n"
     )
-    # in a session of its own: the worker must not end for any other reason
+    # it starts the worker, as vLLM's core does; in a session of its own, to end for no other reason
     launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {script!r}])"
-    worker = subprocess.Popen(
+    core = subprocess.Popen(
         [sys.executable, "-c", launcher],
         env=os.environ | {"ECHOMINE_OWNER_PID": str(owner.pid)},
         cwd=Path(__file__).parents[3],
@@ -294,10 +308,13 @@ def test_a_worker_ends_with_the_process_that_owns_it(tmp_path: Path) -> None:
         text=True,
         start_new_session=True,
     )
-    assert worker.stdout is not None
-    assert worker.stdout.readline() == "ready\n"
+    assert core.stdout is not None
+    worker = psutil.Process(int(core.stdout.readline()))
+    assert worker.ppid() == core.pid != os.getpid()
     time.sleep(0.2)
-    assert worker.poll() is None
+    assert worker.is_running()
     owner.send_signal(signal.SIGKILL)
     owner.wait()
-    assert worker.wait(timeout=60) == -signal.SIGKILL
+    assert core.wait(timeout=60) == -signal.SIGKILL
+    worker.wait(timeout=60)  # psutil waits for processes that are no children of ours, too
+    assert not worker.is_running()

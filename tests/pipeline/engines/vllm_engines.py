@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from reference import ARITH, check_whole, ids_by_prompt
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.config import EngineConfig, SamplingConfig, VllmConfig
 from pipeline.engines.base import Engine, GroupRequest
@@ -65,9 +66,28 @@ def agreement(groups: Sequence[Group], others: Sequence[Group]) -> float:
 
 def scaled_model(folder: Path) -> Path:
     """The tiny model with other weights, as a trainer would save it."""
+    return _saved(folder, lambda name, parameter: parameter.mul_(1.1))
+
+
+def nan_model(folder: Path) -> Path:
+    """The tiny model with a norm whose weight is NaN: so is every logit."""
+    return _saved(
+        folder, lambda name, parameter: parameter.fill_(torch.nan) if name == "model.norm.weight" else None
+    )
+
+
+def narrow_model(folder: Path) -> Path:
+    """A checkpoint of the same layers and names, and another hidden size."""
+    config = AutoConfig.from_pretrained(ARITH / "model")
+    config.hidden_size //= 2
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def _saved(folder: Path, change: Callable[[str, torch.Tensor], object]) -> Path:
     model = load_model(ARITH / "model", "cpu", "float32")
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1.1)
+        for name, parameter in model.named_parameters():
+            change(name, parameter)
     model.save_pretrained(folder)
     return folder

@@ -14,7 +14,7 @@ from sample_lake import EOS_ID, character_tokenizer
 
 from pipeline.config import MiningConfig
 from pipeline.errors import FormatError
-from pipeline.importing import import_rollouts, with_formats
+from pipeline.imports.core import import_rollouts, with_formats
 from pipeline.ingest import Ingested
 from pipeline.lake import Lake
 from pipeline.mine import mine

@@ -13,7 +13,7 @@ from sample_lake import character_tokenizer
 
 from pipeline.errors import FormatError
 from pipeline.formats.fields import flat, short
-from pipeline.importing import import_rollouts, with_formats
+from pipeline.imports.core import import_rollouts, with_formats
 
 TOKENIZER = character_tokenizer()
 

@@ -10,7 +10,7 @@ from foreign_dumps import write_rows
 
 from pipeline.errors import FormatError
 from pipeline.formats import trl
-from pipeline.importing import Imported, import_rollouts, with_formats
+from pipeline.imports.core import Imported, import_rollouts, with_formats
 from pipeline.ingest import Ingested
 from pipeline.lake import Lake
 from pipeline.models import model_folder

@@ -9,7 +9,7 @@ from typing import Any
 from sample_lake import character_tokenizer
 
 from pipeline.formats import verl
-from pipeline.importing import Imported, import_rollouts, with_formats
+from pipeline.imports.core import Imported, import_rollouts, with_formats
 from pipeline.ingest import Ingested
 from pipeline.lake import Lake
 

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pipeline.config import EngineConfig, SamplingConfig
 from pipeline.engines.base import GroupRequest
 from pipeline.engines.transformers import TransformersEngine
-from pipeline.importing import import_rollouts, with_formats
+from pipeline.imports.core import import_rollouts, with_formats
 from pipeline.lake import Lake
 from pipeline.models import load_model, model_folder, policy_of
 from pipeline.records import Prompt

@@ -68,7 +68,7 @@ def test_a_scoring_that_fails_half_way_keeps_what_it_committed_and_goes_on(
         calls.append(rows.num_rows)
         if len(calls) == 3:
             raise LakeError("the disk is full")
-        plain(rows, scorings)
+        return plain(rows, scorings)
 
     monkeypatch.setattr(lake, "replace_rollouts", replace_twice)
     with pytest.raises(LakeError, match="the disk is full"):

@@ -1,6 +1,6 @@
 """Whole columns of a dump at a time: rows beyond doubt get their defaults and steps by the thousand.
 
-Nothing is refused here. A row that might be wrong is left to `import_rows`, which knows the reasons.
+Nothing is refused here. A row that might be wrong is left to `rows`, which knows the reasons.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from pipeline import schema
 from pipeline.errors import EchoMineError
 from pipeline.flat_lists import Lists, Mask, list_array
 from pipeline.hashing import content_id, ids_array
-from pipeline.import_rows import (
+from pipeline.imports.context import ImportContext
+from pipeline.imports.rows import (
     DEFAULTS,
     ENTROPY_KINDS,
     FINISH_REASONS,
     LEAST,
     NAMES,
     ORIGINS,
-    ImportContext,
     prompt_columns,
 )
-from pipeline.import_types import Columns
+from pipeline.imports.types import Columns
 from pipeline.steps import SPLITTER, mean_step_entropies
 
 _IDS, _NATS = pa.list_(pa.int32()), pa.list_(pa.float32())

@@ -13,7 +13,7 @@ import pyarrow as pa
 from pipeline import schema
 from pipeline.errors import FormatError
 from pipeline.flat_lists import Mask
-from pipeline.import_rows import date_of, time_of
+from pipeline.imports.rows import date_of, time_of
 
 _IDS, _NATS = pa.list_(pa.int32()), pa.list_(pa.float32())
 _WORDS = ("prompt", "prompt_text", "messages", "ground_truth", "data_source")

@@ -23,8 +23,8 @@ from filelock import FileLock, Timeout
 
 from pipeline import schema
 from pipeline.errors import LakeError
-from pipeline.import_batches import STAGED, Batch
-from pipeline.rollouts import quarantine_table
+from pipeline.imports.batches import STAGED, Batch
+from pipeline.quarantine import quarantine_table
 
 PART_BYTES = 48 << 20  # of the dumps; as staged rows about as much
 MAX_PARTS = 512  # open files

@@ -22,9 +22,9 @@ from pipeline.errors import FormatError
 from pipeline.forgotten import FORGOTTEN, PLACE, Forgotten
 from pipeline.formats.source_rows import Format, check_file
 from pipeline.hashing import content_id, file_sha256
-from pipeline.import_batches import batches
-from pipeline.import_rows import ImportContext
-from pipeline.import_staging import ImportStaging, bytes_in_memory
+from pipeline.imports.batches import batches
+from pipeline.imports.context import ImportContext
+from pipeline.imports.staging import ImportStaging, bytes_in_memory
 from pipeline.ingest import Ingested, conflicts, ingest_table
 from pipeline.lake import Lake
 from pipeline.lake_reader import Reader

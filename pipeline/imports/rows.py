@@ -1,13 +1,12 @@
 """One row of a dump at a time: what is wrong with it, or the row with its defaults and steps.
 
-This is the authority on what may enter. Rows that `import_columns` finds beyond doubt do not come here.
+This is the authority on what may enter. Rows that `columns` finds beyond doubt do not come here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import UTC, date, datetime
-from functools import lru_cache
 from typing import Any
 
 import orjson
@@ -17,12 +16,11 @@ from pipeline import schema
 from pipeline.errors import FormatError
 from pipeline.formats.fields import is_count
 from pipeline.hashing import content_id, ids_array
-from pipeline.prompts import prompt_messages_ids
+from pipeline.imports.context import ImportContext, is_unicode
 from pipeline.records import Prompt
 from pipeline.rollouts import problem_of
 from pipeline.steps import SPLITTER
-from pipeline.token_facts import TokenFacts
-from pipeline.tokenization import completion_step_ends, completion_text, tokenizer_hash
+from pipeline.tokenization import completion_step_ends, completion_text
 
 ORIGINS = ("policy", "trainer", "expert")
 FINISH_REASONS = ("stop", "length")
@@ -31,84 +29,6 @@ ENTROPY_KINDS = ("full_vocab", "full_vocab_tempered", "rescored")
 LEAST = {"policy_version": 0, "group_size": 1, "max_tokens": 1, "temperature": 0}
 # What rows that do not say otherwise have.
 DEFAULTS = {"origin": "policy", "finish_reason": "stop", "model": "imported", "policy_version": 0}
-
-
-class ImportContext:
-    """What the rows of one import share: who they are of, and what is remembered of their tokens."""
-
-    def __init__(self, tokenizer: Any, run_id: str) -> None:
-        self.tokenizer = tokenizer
-        self.tokenizer_hash = tokenizer_hash(tokenizer)
-        self.vocabulary_size = len(tokenizer)
-        self.run_id = run_id
-        self.facts = TokenFacts(tokenizer)
-        # The rollouts of a group share their prompt.
-        self._messages_ids = lru_cache(maxsize=1024)(self._tokenized_messages)
-        self._text_ids = lru_cache(maxsize=1024)(self._tokenized_text)
-
-    def prompt(self, values: Mapping[str, Any]) -> Prompt | None:
-        """The prompt of a row that says it in words; None if it is known by its tokens only.
-
-        Raises:
-            FormatError: its messages are none.
-        """
-        text = values.get("prompt_text", values.get("prompt"))
-        messages = values.get("messages")
-        if messages is None and isinstance(text, str):
-            messages = [{"role": "user", "content": text}]
-        if messages is None:
-            return None
-        plain = isinstance(messages, list) and all(
-            isinstance(message, dict) and isinstance(message.get("role"), str | None)
-            and isinstance(message.get("content"), str) for message in messages
-        )  # fmt: skip
-        if not plain or not messages:
-            raise FormatError("`messages` is no list of messages with a text `role` and `content`")
-        spoken = tuple({"role": m.get("role") or "user", "content": m["content"]} for m in messages)
-        source = _optional_text(values.get("data_source")) or ""
-        prompt = Prompt(spoken, _optional_text(values.get("ground_truth")), source)
-        if not is_unicode(f"{prompt.text}{prompt.ground_truth}{source}"):
-            raise FormatError("the prompt is no valid Unicode")
-        return prompt
-
-    def prompt_ids(self, values: Mapping[str, Any], prompt: Prompt | None) -> list[int]:
-        """The prompt's tokens: as they stand in the row, or made of its text or messages.
-
-        Raises:
-            FormatError: there is neither, or no token in it.
-            PromptError: the chat template refuses the messages.
-        """
-        if values.get("prompt_ids") is not None:
-            return self.checked_ids(values["prompt_ids"], "prompt_ids")
-        if prompt is None:
-            raise FormatError("column `prompt_ids` is missing, and there is no text in `prompt`")
-        if isinstance(values.get("prompt_text"), str):
-            return list(self._text_ids(values["prompt_text"]))
-        return list(self._messages_ids(orjson.dumps([dict(message) for message in prompt.messages])))
-
-    def checked_ids(self, values: Any, name: str) -> list[int]:
-        """Raises FormatError unless `values` are token ids of this tokenizer."""
-        if not isinstance(values, list) or not all(is_count(value) for value in values):
-            raise FormatError(f"column `{name}` is no list of token ids")
-        if values and max(values) >= self.vocabulary_size:
-            raise FormatError(
-                f"unknown tokenizer: {name} holds {max(values)}, "
-                f"the tokenizer has {self.vocabulary_size} tokens"
-            )
-        return values
-
-    def tokenized(self, texts: list[str]) -> list[list[int]]:
-        """The tokens of texts as they stand."""
-        if not texts:
-            return []
-        encoded: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        return encoded
-
-    def _tokenized_text(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenized([text])[0])
-
-    def _tokenized_messages(self, messages: bytes) -> tuple[int, ...]:
-        return tuple(prompt_messages_ids(self.tokenizer, orjson.loads(messages)).tolist())
 
 
 # DuckLake pastes bounds of what is joined into queries of its catalog, which a NUL character cuts off.
@@ -188,15 +108,6 @@ def prompt_columns(prompt: Prompt | None) -> dict[str, str | None]:
     return {"messages": messages, "ground_truth": prompt.ground_truth, "data_source": prompt.data_source}
 
 
-def is_unicode(text: str) -> bool:
-    """Whether UTF-8 can hold it: half a surrogate pair, which JSON and SQLite can, is no text."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _fits(row: dict[str, Any]) -> dict[str, Any]:
     """The row, if each scalar fits its column; a wrong type is this row's fault, not the batch's."""
     if isinstance(row.get("night"), str):
@@ -239,10 +150,6 @@ def time_of(text: str) -> datetime:
     except ValueError:
         raise FormatError(f"created_at {text!r:.40} is no time like 2026-05-31T02:00:00Z") from None
     return time if time.tzinfo else time.replace(tzinfo=UTC)
-
-
-def _optional_text(value: Any) -> str | None:
-    return None if value is None else str(value)
 
 
 def _nats(row: Mapping[str, Any], name: str) -> list[float] | None:

@@ -1,7 +1,7 @@
 -- How often a prompt was solved under each policy version. It was learned where every rollout succeeds and under the
 -- version before not every one did; forgotten where every one did, and now not.
 -- grain:   prompt_id, model, policy_version
--- inputs:  rollouts
+-- inputs:  judged_rollouts
 -- params:  none
 -- columns:
 --   prompt_id
@@ -23,7 +23,7 @@ by_version as (
         min(night) as first_night,
         count(*) as num_rollouts,
         count(*) filter (where is_success(reward)) as num_successes
-    from rollouts
+    from judged_rollouts
     where origin in ('policy', 'trainer')
     group by prompt_id, model, policy_version
 ),

@@ -35,7 +35,7 @@ select
     echo_clips.clip_tokens,
     echo_clips.step_entropy,
     rollouts.prompt_ids,
-    clip_ids(rollouts.completion_ids, rollouts.step_ends, echo_clips.step_index) as clip_ids
+    rollouts.completion_ids[:echo_clips.clip_tokens] as clip_ids
 from echo_clips
 join rollouts using (rollout_id)
 anti join withdrawn_clips

@@ -9,15 +9,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from pipeline.audit_rows import dump_rows, source_rows
-from pipeline.audit_rules import RuleFigures, rule_figures
+from pipeline.audits.rows import dump_rows, source_rows
+from pipeline.audits.rules import RuleFigures, rule_figures
 from pipeline.config import MiningConfig
 from pipeline.errors import EchoMineError
 from pipeline.formats.source_rows import Format
-from pipeline.importing import check_dumps, import_rollouts, with_formats
+from pipeline.imports.core import check_dumps, import_rollouts, with_formats
 from pipeline.lake import Lake
 from pipeline.lake_reader import Reader
 from pipeline.mine import WHOLE_LAKE, mine
+from pipeline.news import touched_groups
 from pipeline.sqlfiles import sql_file
 
 ZERO_ADVANTAGE = ("all_success", "all_fail", "all_equal")
@@ -144,7 +145,7 @@ def _classify(reader: Reader, config: MiningConfig) -> None:
     reader.materialize("dump_rollouts", sql_file("staging/dump_rollouts"), {})
     # In this session the dump's rollouts stand where the lake's would: the rule of classes reads them.
     reader.materialize("rollouts", "select null::varchar as rollout_id, * from dump_rollouts", {})
-    reader.materialize_rows("touched_groups", reader.touched_groups(reader.snapshot))
+    reader.materialize_rows("touched_groups", touched_groups(reader, reader.snapshot))
     params = config.model_dump() | WHOLE_LAKE
     reader.materialize("group_classes", sql_file("mining/group_classes"), params)
 
@@ -157,7 +158,7 @@ def _mined(
     try:
         check_dumps(dumps)
         import_rollouts(lake, dumps, tokenizer)
-        found = mine(lake, config)
+        found = mine(lake, config, tokenizer=lambda: tokenizer)
     except EchoMineError as error:
         return Yield(None, {}, {}, str(error))
     with lake.reader() as reader:

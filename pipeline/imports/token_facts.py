@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipeline.steps import step_ends_of_all, token_flags
+from pipeline.steps import DELIMITER, step_ends_of_all, token_flags
 from pipeline.tokenization import completion_text, token_texts
 
 _KNOWN, _PART = 16, 32  # beside the bits of `token_flags`: met before; depends on its neighbours
@@ -24,8 +24,9 @@ _MAX_REMEMBERED = 100_000  # runs of parts
 class TokenFacts:
     """The facts of one tokenizer's tokens; they are found out when an id is first met."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, delimiter: str = DELIMITER) -> None:
         self._tokenizer = tokenizer
+        self._delimiter = delimiter
         self._special = frozenset(tokenizer.all_special_ids)
         kind = _decoder_kind(tokenizer.backend_tokenizer)
         self._apart = kind is not None  # tokens add the same text wherever they stand
@@ -89,12 +90,17 @@ class TokenFacts:
 
     def _learn(self, token: int) -> None:
         decode = self._tokenizer.backend_tokenizer.decode
-        text = decode([token], skip_special_tokens=False)
         self._texts[token] = decode([token], skip_special_tokens=True)
-        if "\ufffd" in text:
+        first = decode([token], skip_special_tokens=False)
+        if "\ufffd" in first:
             self._flags[token] = _KNOWN | _PART
-        else:
-            self._flags[token] = _KNOWN | (0 if token in self._special else token_flags(text))
+            return
+        # the first token may have lost a space, which a delimiter may be
+        both = decode([token, token], skip_special_tokens=False)
+        self._flags[token] = _KNOWN | self._bits(token, both[len(first) :])
+
+    def _bits(self, token: int, text: str) -> int:
+        return 0 if token in self._special else token_flags(text, self._delimiter)
 
     def _decode_parts(
         self, flags: NDArray[np.uint8], ids: NDArray[np.int32], offsets: NDArray[np.int64]
@@ -116,10 +122,7 @@ class TokenFacts:
         flags = self._runs.get(ids)
         if flags is None:
             texts = token_texts(self._tokenizer, ids)
-            flags = [
-                0 if token in self._special else token_flags(text)
-                for token, text in zip(ids, texts, strict=True)
-            ]
+            flags = [self._bits(token, text) for token, text in zip(ids, texts, strict=True)]
             if len(ids) < 16 and len(self._runs) < _MAX_REMEMBERED:
                 self._runs[ids] = flags
         return flags
@@ -130,7 +133,7 @@ def _decoder_kind(backend: Any) -> str | None:
 
     Returns:
         "joined" if the text is the tokens' texts one after the other; "stripped" if only a space at the
-        start is lost, which splits nothing; None if tokens may depend on any neighbour.
+        start is lost, where nothing can be split; None if tokens may depend on any neighbour.
     """
     if backend.decoder is None:
         return None

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.trainer_rules import RULES, Rule
+from pipeline.audits.trainer_rules import RULES, Rule
 
 
 @dataclass(frozen=True)

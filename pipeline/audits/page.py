@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.audit import Audit
+from pipeline.audits.core import Audit
 from pipeline.pages import page_template, write_page
 from pipeline.report_charts import CLASS_COLOURS
 from pipeline.report_text import number, percent

@@ -14,10 +14,12 @@ from pipeline import schema
 from pipeline.errors import EchoMineError
 from pipeline.formats.fields import is_count
 from pipeline.formats.source_rows import ColumnarFormat, Format, SourceRow
-from pipeline.import_columns import completed_columns
-from pipeline.import_rows import ImportContext, completed_row, is_unicode, prompt_columns
-from pipeline.import_types import Columns, columns_of_rows, columns_of_table
-from pipeline.rollouts import Refused, unnamed_table
+from pipeline.imports.columns import completed_columns
+from pipeline.imports.context import ImportContext, is_unicode
+from pipeline.imports.rows import completed_row, prompt_columns
+from pipeline.imports.types import Columns, columns_of_rows, columns_of_table
+from pipeline.quarantine import Refused
+from pipeline.rollouts import unnamed_table
 
 BATCH_ITEMS = 1 << 20  # tokens, numbers and characters of a batch of rows; as Python objects some 30 MB
 

@@ -1,6 +1,6 @@
 -- Every group with its class under the default thresholds. Expert rollouts never count, newest verdicts do.
 -- grain:   group_id
--- inputs:  rollouts, current_verdicts
+-- inputs:  judged_rollouts
 -- params:  none
 -- columns:
 --   group_id
@@ -28,12 +28,11 @@ gathered as (
         max(policy_version) as policy_version,
         count(*) as num_rollouts,
         max(group_size) as group_size,
-        min(coalesce(current_verdicts.reward, rollouts.reward)) as min_reward,
-        max(coalesce(current_verdicts.reward, rollouts.reward)) as max_reward,
-        avg(coalesce(current_verdicts.reward, rollouts.reward)) as mean_reward,
+        min(reward) as min_reward,
+        max(reward) as max_reward,
+        avg(reward) as mean_reward,
         sum(len(completion_ids))::bigint as num_tokens
-    from rollouts
-    left join current_verdicts using (rollout_id)
+    from judged_rollouts
     where origin in ('policy', 'trainer')
     group by group_id
 )

@@ -1,0 +1,75 @@
+"""What is new in a lake since a snapshot: the groups that a mining of the news looks at."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+from pipeline.lake_reader import SPANNING_GROUP, Reader
+from pipeline.sqlfiles import sql_file
+
+# It opens the data files that came since, and no others; a file that was set aside it would open too.
+_INSERTED = """
+    select distinct group_id, run_id
+    from ducklake_table_insertions('lake', 'main', 'rollouts', $first, $last)
+    where snapshot_id > $since
+"""
+
+# The same rows, but for those that were replaced or lost since; every data file is opened.
+_STANDING = "select distinct group_id, run_id from rollouts where snapshot_id > $since"
+
+_SET_ASIDE = """
+    select count(*) as n
+    from __ducklake_metadata_lake.ducklake_data_file as data
+    join quarantine on quarantine.source = 'files/main/rollouts/' || parse_filename(data.path)
+    where data.end_snapshot <= $last and coalesce(data.partial_max, data.begin_snapshot) > $since
+"""
+
+
+def touched_groups(reader: Reader, since_snapshot: int) -> pa.Table:
+    """[group_id] of the groups with rollouts, or rewards changed by a verdict, after `since_snapshot`."""
+    return _news(reader, since_snapshot).select(["group_id"]).group_by("group_id").aggregate([])
+
+
+def touched_runs(reader: Reader, since_snapshot: int) -> tuple[str, str] | None:
+    """The first and last run, by name, of all rollouts of the groups touched after `since_snapshot`.
+
+    A night's run has only files of its own, so this spares a mining the others. None: any run.
+    """
+    reader.materialize_rows("news", _news(reader, since_snapshot))
+    bounds = reader.rows(
+        """
+        with
+        runs as (
+            select run_id from news
+            union all
+            select meta.value from meta join news on meta.key = $spanning || news.group_id
+        )
+        select min(run_id) as first, max(run_id) as last, bool_or(run_id is null) as unknown from runs
+        """,
+        {"spanning": SPANNING_GROUP},
+    )[0]
+    return None if bounds["unknown"] or bounds["first"] is None else (bounds["first"], bounds["last"])
+
+
+def _news(reader: Reader, since: int) -> pa.Table:
+    """[group_id, run_id]; of a group that was only judged again, every run."""
+    if since >= reader.snapshot:
+        return pa.table({"group_id": pa.array([], pa.string()), "run_id": pa.array([], pa.string())})
+    # Changes are asked for from a snapshot on that is there; the one after may have expired.
+    first = reader.rows(
+        "select max(snapshot_id) as n from ducklake_snapshots('lake') where snapshot_id <= $since + 1",
+        {"since": since},
+    )[0]["n"]
+    params = {"first": first, "last": reader.snapshot, "since": since}
+    incomplete = reader.rows(_SET_ASIDE, params)[0]["n"]
+    rollouts = reader.table(_STANDING if incomplete else _INSERTED, params)
+    if not _has_verdicts(reader, since):  # the rollouts of all runs are compared only where there are any
+        return rollouts
+    return pa.concat_tables([rollouts, reader.table(sql_file("staging/rejudged_groups"), params)])
+
+
+def _has_verdicts(reader: Reader, since: int) -> bool:
+    """Whether rollouts were judged again after `since`. Snapshots of old lakes have no such table."""
+    held = "select 1 from duckdb_tables() where database_name = 'lake' and table_name = 'verdicts'"
+    judged = "select 1 from verdicts where reward is not null and snapshot_id > $since limit 1"
+    return bool(reader.rows(held)) and bool(reader.rows(judged, {"since": since}))
