@@ -62,9 +62,7 @@ def rollouts(
     """What `values` makes of each row, in the groups that `group` names.
 
     A row that is refused keeps its group: a rollout that is lost must not make the rest look like a whole
-    group. Samples are not numbered, since a group may go on in another file. All rows of a group have the
-    policy version of its first, since trainers that sample while they train mix versions in a group, and a
-    group is of one. Memory grows with the number of groups, not of rows.
+    group. Samples are not numbered, since a group may go on in another file.
 
     Args:
         group: the group's name; None if the row does not say.
@@ -72,7 +70,6 @@ def rollouts(
         assumed: as in `SourceRow`.
         sample_id: what the row calls its sample; None if it does not.
     """
-    versions: dict[str, dict[str, Any]] = {}
     for row in rows:
         if row.problem:
             yield row
@@ -84,9 +81,6 @@ def rollouts(
             if name is None:
                 raise FormatError("the row does not say which group it belongs to")
             place = {"group_id": name}
-            made = place | values(row.values)
-            version = {"policy_version": made.pop("policy_version")} if "policy_version" in made else {}
-            made |= versions.setdefault(name, version)
-            yield SourceRow(row.source, made, assumed=assumed, sample_id=sample)
+            yield SourceRow(row.source, place | values(row.values), assumed=assumed, sample_id=sample)
         except FormatError as error:
             yield SourceRow(row.source, {**row.values, **place}, str(error), sample_id=sample)

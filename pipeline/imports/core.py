@@ -148,8 +148,10 @@ def _committed(lake: Lake, part: pa.Table, forgotten: Forgotten) -> tuple[Ingest
 
 
 def _placed(reader: Reader, part: pa.Table) -> pa.Table:
-    """The rows that were not refused, group after group, each with its place; see `group_places.sql`."""
+    """The rows that were not refused, group after group, each with its place."""
     reader.materialize_rows("staged_rollouts", part.select([*_GIVEN, *_CONTENT]))
+    for stage in ("staged_samples", "sample_places"):
+        reader.materialize(stage, sql_file(f"staging/{stage}"), {})
     places = reader.table(sql_file("staging/group_places"))
     numbers = part["nth"].to_numpy()
     order = np.argsort(numbers)

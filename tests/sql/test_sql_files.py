@@ -105,6 +105,8 @@ def reader(sample_lake, tmp_path_factory) -> Iterator[Reader]:
         given = "nth, 0 as file, false as is_refused, null::varchar as sample_id"
         staged = f"select {given}, * exclude (nth) from incoming_rollouts"
         reader.materialize("staged_rollouts", staged, {})
+        for stage in ("staged_samples", "sample_places"):
+            reader.materialize(stage, (SQL_FOLDER / f"staging/{stage}.sql").read_text(), {})
         reader.materialize_rows("withdrawn", reader.table("select clip_id from withdrawn_clips limit 1"))
         reader.materialize_rows("excluded_prompts", pa.table({"prompt_id": ["none"], "messages": ["none"]}))
         every_run = params(sample_lake) | WHOLE_LAKE

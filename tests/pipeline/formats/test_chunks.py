@@ -12,9 +12,9 @@ import pytest
 from foreign_dumps import lines, write_lines
 from sample_lake import character_tokenizer
 
-from pipeline.audit import audit
+from pipeline.audits.core import audit
 from pipeline.config import MiningConfig
-from pipeline.importing import import_rollouts, with_formats
+from pipeline.imports.core import import_rollouts, with_formats
 from pipeline.ingest import Ingested
 from pipeline.lake import Lake
 
@@ -69,6 +69,13 @@ def test_a_group_of_two_chunks_is_whole_and_importing_it_again_changes_nothing(l
     assert group(lake) == ("mixed", 8, 8, list(range(8)))
 
 
+def test_a_dump_in_chunks_is_the_same_rollouts_as_in_one_file(lake, tmp_path) -> None:
+    paths = halves(tmp_path, score=0.0)
+    whole = write_lines(tmp_path / "whole.jsonl", [row for path in paths for row in lines(str(path))])
+    assert taken(lake, whole) == Ingested(written=8)
+    assert taken(lake, *paths) == Ingested(known=8)
+
+
 @ORDERS
 def test_a_chunk_that_comes_later_joins_its_group_which_was_whole_until_then(lake, tmp_path, order) -> None:
     first, second = (halves(tmp_path, score=0.0)[number] for number in order)
@@ -100,8 +107,10 @@ def test_a_rollout_that_failed_in_another_chunk_keeps_its_group_from_being_solve
     assert group(lake)[:3] == ("incomplete", 3, 4)
 
 
-def test_chunks_share_the_policy_version_of_the_groups_first_rollout(lake, tmp_path) -> None:
-    taken(lake, *halves(tmp_path))
+@ORDERS
+def test_chunks_share_the_policy_version_of_the_groups_oldest_rollout(lake, tmp_path, order) -> None:
+    paths = halves(tmp_path)
+    taken(lake, *(paths[number] for number in order))
     with lake.reader() as reader:
         assert reader.rows("select distinct policy_version as v from rollouts") == [{"v": 2}]
 
