@@ -53,24 +53,25 @@ def ingest(
     Raises:
         LakeError: the lake cannot be written; then nothing of this call is in it.
     """
-    forgotten = Forgotten.of(lake)
-    if forgotten.fingerprints:  # their text must not come back, not even into quarantine
-        rows, sources, refused = forgotten.kept_out(rows, sources, refused)
-        prompts = forgotten.without(prompts)
-    good, bad = checked(rows, sources)
-    source_of = {id(row): source for row, source in zip(rows, sources, strict=True)}
-    prompts_table = prompt_table(prompts) if prompts else None
-    table = rollout_table(good)
-    with lake.reader() as reader:
-        reasons = conflicts(reader, table)
-    return ingest_table(
-        lake,
-        table,
-        reasons,
-        lambda row: (source_of[id(good[row])], good[row]),
-        prompts_table,
-        [*refused, *bad],
-    )
+    with lake.alone():  # what is true of the lake here must be true at the commit
+        forgotten = Forgotten.of(lake)
+        if forgotten.fingerprints:  # their text must not come back, not even into quarantine
+            rows, sources, refused = forgotten.kept_out(rows, sources, refused)
+            prompts = forgotten.without(prompts)
+        good, bad = checked(rows, sources)
+        source_of = {id(row): source for row, source in zip(rows, sources, strict=True)}
+        prompts_table = prompt_table(prompts) if prompts else None
+        table = rollout_table(good)
+        with lake.reader() as reader:
+            reasons = conflicts(reader, table)
+        return ingest_table(
+            lake,
+            table,
+            reasons,
+            lambda row: (source_of[id(good[row])], good[row]),
+            prompts_table,
+            [*refused, *bad],
+        )
 
 
 def ingest_table(
@@ -81,7 +82,7 @@ def ingest_table(
     prompts: pa.Table | None = None,
     refused: Sequence[Refused] = (),
 ) -> Ingested:
-    """`ingest` of rows that are checked, named and compared with the lake.
+    """`ingest` of rows that are checked, named and compared with the lake, all while `lake` is `alone`.
 
     Args:
         rows: of the schema of `rollouts`.

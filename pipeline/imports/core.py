@@ -97,7 +97,7 @@ def import_rollouts(
         check_file(path)
     run_id = "import-" + content_id(sorted(file_sha256(path) for path in paths))[:16]
     context = ImportContext(tokenizer, run_id)
-    forgotten, done = Forgotten.of(lake), Imported()
+    done = Imported()
     with ImportStaging(lake.folder, bytes_in_memory(paths)) as staging:
         num_rows = 0
         for number, (path, kind) in enumerate(files):
@@ -109,10 +109,12 @@ def import_rollouts(
                     progress(num_rows)
         staging.finish()
         for refused in staging.refused():
-            lake.commit({"quarantine": forgotten.cleaned(refused)})
+            with lake.alone():
+                lake.commit({"quarantine": Forgotten.of(lake).cleaned(refused)})
             done = replace(done, rows=done.rows + Ingested(refused=refused.num_rows))
         for part in staging.parts():
-            rows, run_ids = _committed(lake, part, forgotten)
+            with lake.alone():  # what is true of the lake at the checks must be true at the commit
+                rows, run_ids = _committed(lake, part)
             done = replace(done, rows=done.rows + rows, run_ids=done.run_ids | run_ids)
     return done
 
@@ -129,13 +131,13 @@ def num_unscored(lake: Lake, run_ids: Sequence[str]) -> int:
         )
 
 
-def _committed(lake: Lake, part: pa.Table, forgotten: Forgotten) -> tuple[Ingested, frozenset[str]]:
+def _committed(lake: Lake, part: pa.Table) -> tuple[Ingested, frozenset[str]]:
     """Gives whole groups their places and commits them, but for rows of forgotten prompts."""
     with lake.reader() as reader:
         part = _placed(reader, part)
         rows = named(part.select(schema.ROLLOUTS.names))
         reasons = conflicts(reader, rows)
-    kept_out = forgotten.rows(part)
+    kept_out = Forgotten.of(lake).rows(part)
     reasons |= dict.fromkeys(kept_out, FORGOTTEN)
 
     def origin_of(row: int) -> tuple[str, dict[str, Any]]:
