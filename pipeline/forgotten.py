@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.hashing import content_id, ids_array
-from pipeline.lake import Lake
+from pipeline.lake_reader import Reader
 from pipeline.quarantine import Refused
 from pipeline.records import Prompt
 
@@ -26,9 +26,8 @@ class Forgotten:
     fingerprints: frozenset[str]
 
     @classmethod
-    def of(cls, lake: Lake) -> Forgotten:
-        with lake.reader() as reader:
-            rows = reader.rows("select distinct fingerprint from forgotten_prompts")
+    def of(cls, reader: Reader) -> Forgotten:
+        rows = reader.rows("select distinct fingerprint from forgotten_prompts")
         return cls(frozenset(row["fingerprint"] for row in rows))
 
     def without(self, prompts: Sequence[Prompt]) -> list[Prompt]:

@@ -54,7 +54,8 @@ def ingest(
         LakeError: the lake cannot be written; then nothing of this call is in it.
     """
     with lake.alone():  # what is true of the lake here must be true at the commit
-        forgotten = Forgotten.of(lake)
+        with lake.reader() as reader:
+            forgotten = Forgotten.of(reader)
         if forgotten.fingerprints:  # their text must not come back, not even into quarantine
             rows, sources, refused = forgotten.kept_out(rows, sources, refused)
             prompts = forgotten.without(prompts)

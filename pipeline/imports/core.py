@@ -109,11 +109,12 @@ def import_rollouts(
                     progress(num_rows)
         staging.finish()
         for refused in staging.refused():
-            with lake.alone():
-                lake.commit({"quarantine": Forgotten.of(lake).cleaned(refused)})
+            with lake.alone(), lake.reader() as reader:
+                lake.commit({"quarantine": Forgotten.of(reader).cleaned(refused)})
             done = replace(done, rows=done.rows + Ingested(refused=refused.num_rows))
         for part in staging.parts():
-            with lake.alone():  # what is true of the lake at the checks must be true at the commit
+            # what is true of the lake at the checks must be true at the commit
+            with lake.alone():
                 rows, run_ids = _committed(lake, part)
             done = replace(done, rows=done.rows + rows, run_ids=done.run_ids | run_ids)
     return done
@@ -137,7 +138,7 @@ def _committed(lake: Lake, part: pa.Table) -> tuple[Ingested, frozenset[str]]:
         part = _placed(reader, part)
         rows = named(part.select(schema.ROLLOUTS.names))
         reasons = conflicts(reader, rows)
-    kept_out = Forgotten.of(lake).rows(part)
+        kept_out = Forgotten.of(reader).rows(part)
     reasons |= dict.fromkeys(kept_out, FORGOTTEN)
 
     def origin_of(row: int) -> tuple[str, dict[str, Any]]:

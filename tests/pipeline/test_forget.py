@@ -103,7 +103,8 @@ def test_neither_rows_nor_text_of_it_come_back(builder: LakeBuilder) -> None:
     lake = builder.lake
     forget(lake, find(lake, [SECRET_PROMPT.prompt_id]))
     prompts = [Prompt(SECRET_PROMPT.messages, "another truth"), Prompt(({"role": "user", "content": "1+1"},))]
-    assert Forgotten.of(lake).without([SECRET_PROMPT, *prompts]) == prompts[1:]
+    with lake.reader() as reader:
+        assert Forgotten.of(reader).without([SECRET_PROMPT, *prompts]) == prompts[1:]
     nameless = {**builder.rows[-1], "prompt_id": "known by its tokens only"}
     refused = [Refused(f"what it says: {WRITTEN}", "dump:3", {"prompt": SECRET, "text": WRITTEN})]
     done = ingest(lake, [builder.rows[-2], nameless], ["dump:1", "dump:2"], [SECRET_PROMPT], refused)
