@@ -43,7 +43,7 @@ lint: $(READY) ## ruff, ruff format and mypy --strict
 check: lint test ## lint, then test: the gate of every change
 
 test-slow: $(READY) smollm2 ## run what takes longer: crashes, schedules, a real language model
-	@$(PYTEST) -m slow
+	@$(PYTEST) --dist worksteal -m slow
 
 test-gpu: $(READY) ## run the tests that need an NVIDIA GPU
 	@$(BIN)/pytest -m gpu

@@ -121,9 +121,12 @@ class SqliteCatalog(Catalog):
         return FileLock(self.path.with_name("write.lock"))
 
     def unreadable(self, error: duckdb.Error) -> str:
+        # SQLite reads with a file of its own beside the catalog, for which a full disk has no room
+        no_disk = re.search("disk I/O error|disk is full", str(error))
+        cure = "Is its disk full? If it is not, restore it" if no_disk else "Restore it"
         return (
             f"The catalog {self.path} cannot be read: {said(error)}. "
-            "Restore it from a backup; the data files beside it were not touched."
+            f"{cure} from a backup; the data files beside it were not touched."
         )
 
 

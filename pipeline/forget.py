@@ -6,8 +6,6 @@ A snapshot that still held them would keep their bytes, so all older snapshots e
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -16,12 +14,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
-from pipeline import schema
+from pipeline import schema, set_aside
 from pipeline.errors import BusyError
-from pipeline.forgetting import COLUMNS, Forgetting
+from pipeline.forgetting import COLUMNS, Forgetting, find
+from pipeline.imports.staging import remove_abandoned
 from pipeline.lake import Lake
+from pipeline.lake_writer import Writer
 from pipeline.parquet import write_data_file
-from pipeline.removal import purge_catalog, refuse_other_catalogs, remove_rows
+from pipeline.removal import purge_catalog, recount_minings, refuse_other_catalogs, remove_rows
+from pipeline.run_notes import read_notes, write_notes
 from pipeline.withdrawal import TouchedShard, notice_shards
 
 
@@ -34,6 +35,7 @@ class Forgot:
         shards: exported files that hold clips of the prompts.
         trainings: whose weights have learned from such clips.
         reports: deleted, because they may have shown the text.
+        set_aside: damaged data files that were set aside, which may hold the text and cannot be searched.
     """
 
     prompts: int
@@ -41,15 +43,21 @@ class Forgot:
     shards: list[TouchedShard]
     trainings: list[str]
     reports: list[str]
+    set_aside: list[str]
 
 
-def forget(lake: Lake, found: Forgetting) -> Forgot:
-    """Removes what was found from the lake, all its files and all its snapshots; older snapshots end.
+def forget(lake: Lake, names: list[str]) -> Forgot:
+    """Removes prompts from the lake, all its files and all its snapshots; older snapshots end.
 
-    Started again after it was killed, it finishes.
+    Started again after it was killed, it finishes. What was read before and is committed afterwards, by a
+    scoring, a verification or an import, is kept out by the commits themselves.
+
+    Args:
+        names: as of `find`.
 
     Raises:
-        BusyError: a night is running.
+        BusyError: a night or an import is running.
+        PromptError: as `find`; then nothing was removed.
         LakeError: the lake cannot be written.
     """
     refuse_other_catalogs(lake)
@@ -62,16 +70,37 @@ def forget(lake: Lake, found: Forgetting) -> Forgot:
         ) from None
     try:
         with lake.alone():
+            _remove_staging(lake)
+            found = find(lake, names)
             with lake.reader() as reader:
                 shards = notice_shards(reader, found.clips, "forgotten")
             keys = {name: (COLUMNS[name], values) for name, values in found.keys.items()}
             remembered = _remembered(found)
-            rows = lake.changed(lambda writer: remove_rows(writer, keys, remembered))
+
+            def change(writer: Writer) -> dict[str, int]:
+                rows = remove_rows(writer, keys, remembered)
+                recount_minings(writer, {mining: len(clips) for mining, clips in found.clips.items()})
+                return rows
+
+            rows = lake.changed(change)
             reports = _tidy_runs(lake, found)
             purge_catalog(lake)
     finally:
         night.release()
-    return Forgot(len(found.prompt_ids), rows, shards, found.trainings, reports)
+    return Forgot(len(found.prompt_ids), rows, shards, found.trainings, reports, _set_aside(lake))
+
+
+def _remove_staging(lake: Lake) -> None:
+    """Deletes what killed imports left: the rows of their dumps in plain text."""
+    if remove_abandoned(lake.folder):
+        raise BusyError(
+            f"An import into the lake in {lake.folder} is running. Wait until it is done, then forget."
+        )
+
+
+def _set_aside(lake: Lake) -> list[str]:
+    files = (lake.folder / set_aside.FOLDER).rglob("*")
+    return sorted(str(path) for path in files if path.is_file() and path.parent.name in COLUMNS)
 
 
 def _remembered(found: Forgetting) -> pa.Table:
@@ -98,12 +127,10 @@ def _tidy_runs(lake: Lake, found: Forgetting) -> list[str]:
                 staged.unlink()
             elif kept.num_rows < table.num_rows:
                 write_data_file(kept, staged)
-        note = folder / "run.json"
+        notes = read_notes(folder)
         for report in folder.glob("report*.html") if folder.name in found.runs else ():
             report.unlink()
             reports.append(str(report))
-        if note.is_file():  # the snapshot that a night noted ends now
-            partial = note.with_suffix(".partial")
-            partial.write_text(json.dumps(json.loads(note.read_text()) | {"snapshot": None}, indent=2) + "\n")
-            os.replace(partial, note)
+        if notes:  # the snapshot that a night noted ends now
+            write_notes(folder, notes | {"snapshot": None})
     return sorted(reports)

@@ -29,12 +29,14 @@ class Forgetting:
 
     Attributes:
         fingerprints: (kind, fingerprint, prompt_id), as in `forgotten_prompts`.
+        messages: as JSON, of those whose text is known, from the lake or from a prompt file.
         keys: by table, the values of the first column in `COLUMNS` of the rows that go.
         clips: ids by mining.
         trainings: that consumed some of the clips; their checkpoints have learned from them.
     """
 
     fingerprints: set[tuple[str, str, str]] = field(default_factory=set)
+    messages: set[str] = field(default_factory=set)
     keys: dict[str, set[str]] = field(default_factory=dict)
     clips: dict[str, set[str]] = field(default_factory=dict)
     trainings: list[str] = field(default_factory=list)
@@ -66,19 +68,22 @@ def find(lake: Lake, names: list[str]) -> Forgetting:
     Raises:
         PromptError: a name that is neither a file nor a prompt id, or a file that cannot be read.
     """
-    found = Forgetting({entry for name in names for entry in _fingerprints(name)})
+    found = Forgetting()
+    for name in names:
+        _add_named(found, name)
     with lake.reader() as reader:
         _materialize(reader, found)
         _add_lake(reader, found)
     return found
 
 
-def _fingerprints(name: str) -> Iterator[tuple[str, str, str]]:
+def _add_named(found: Forgetting, name: str) -> None:
     path = Path(name)
     if path.suffix.lower() in (".jsonl", ".parquet"):
         for prompt in read_prompts(name):
-            yield "prompt", prompt.prompt_id, prompt.prompt_id
-            yield "messages", messages_fingerprint(prompt.messages), prompt.prompt_id
+            found.fingerprints.add(("prompt", prompt.prompt_id, prompt.prompt_id))
+            found.fingerprints.add(("messages", messages_fingerprint(prompt.messages), prompt.prompt_id))
+            found.messages.add(json.dumps(prompt.messages))
         return
     try:
         ids = path.read_text(encoding="utf-8").split() if path.is_file() else [name]
@@ -90,7 +95,7 @@ def _fingerprints(name: str) -> Iterator[tuple[str, str, str]]:
                 f"{prompt_id!r:.60} is neither a prompt id (32 hexadecimal digits) nor a file. "
                 'See `echomine sql "select prompt_id, messages from prompts"`.'
             )
-        yield "prompt", prompt_id, prompt_id
+        found.fingerprints.add(("prompt", prompt_id, prompt_id))
     if not ids:
         raise PromptError(f"{path} names no prompt. Check --prompt.")
 
@@ -114,7 +119,7 @@ def _materialize(reader: Reader, found: Forgetting) -> None:
             found.fingerprints.add(("messages", messages, row["prompt_id"]))
     reader.materialize_rows("named", pa.table({"prompt_id": pa.array(sorted(found.prompt_ids), pa.string())}))
     reader.materialize("meant_rollouts", sql_file("staging/named_rollouts"), {})
-    reader.materialize_rows("meant_texts", pa.table({"messages": pa.array(sorted(texts), pa.string())}))
+    found.messages |= texts
 
 
 def _add_lake(reader: Reader, found: Forgetting) -> None:
@@ -147,7 +152,7 @@ def _quarantined(reader: Reader, found: Forgetting) -> set[str]:
     groups = _values(reader, "select distinct group_id as value from meant_rollouts")
     texts = {
         message["content"].strip()
-        for messages in _values(reader, "select messages as value from meant_texts")
+        for messages in found.messages
         for message in json.loads(messages)
         if message["role"] != "system" and len(message["content"].strip()) >= MIN_TEXT_CHARS
     }

@@ -53,8 +53,7 @@ def stop_generating(run: NightRun) -> None:
 def missing_groups(run: NightRun) -> list[str]:
     """Prompt ids of the groups that are not in the lake, in the order of the prompts; no forgotten ones."""
     done = _finished_groups(run)
-    with run.lake().reader() as reader:
-        wanted = Forgotten.of(reader).without(run.prompts())
+    wanted = Forgotten.of(run.lake()).without(run.prompts())
     return [prompt.prompt_id for prompt in wanted if _group_of(run, prompt.prompt_id) not in done]
 
 

@@ -30,12 +30,18 @@ def hold(lake: Path, snapshot: int) -> Iterator[None]:
 
 def held(lake: Path) -> set[int]:
     """The snapshots that are held now; what killed holders left behind is removed."""
-    snapshots = set()
-    for path in (lake / "held").glob("*"):
-        with path.open() as file:
+    return {int(path.name) for path in (lake / "held").glob("*") if _is_held(path)}
+
+
+def _is_held(path: Path) -> bool:
+    while True:
+        try:
+            file = path.open()
+        except FileNotFoundError:
+            return False
+        with file:
             if not _remove_unless_held(file):
-                snapshots.add(int(path.name))
-    return snapshots
+                return True
 
 
 def _locked(path: Path) -> IO[str]:
@@ -43,10 +49,17 @@ def _locked(path: Path) -> IO[str]:
     while True:
         file = path.open("w")
         fcntl.flock(file, fcntl.LOCK_SH)
-        # removed between opening and locking, by its last holder: nobody would see a hold on that
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+        if _is_at(path, file):
             return file
         file.close()
+
+
+def _is_at(path: Path, file: IO[str]) -> bool:
+    """Whether nobody removed it between opening and locking: a hold on a removed file is seen by nobody."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _remove_unless_held(file: IO[str]) -> bool:
@@ -55,5 +68,6 @@ def _remove_unless_held(file: IO[str]) -> bool:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    Path(file.name).unlink(missing_ok=True)
+    if _is_at(Path(file.name), file):  # else its place may be another's by now
+        Path(file.name).unlink()
     return True

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.forgotten import Forgotten
+from pipeline.forgotten import FORGOTTEN, Forgotten, emptied
 from pipeline.lake import Lake
 from pipeline.lake_reader import Reader
+from pipeline.lake_writer import Writer
 from pipeline.quarantine import Refused, quarantine_table
 from pipeline.records import Prompt
 from pipeline.rollouts import checked, prompt_table, rollout_table
@@ -53,16 +54,11 @@ def ingest(
     Raises:
         LakeError: the lake cannot be written; then nothing of this call is in it.
     """
-    with lake.alone():  # what is true of the lake here must be true at the commit
-        with lake.reader() as reader:
-            forgotten = Forgotten.of(reader)
-        if forgotten.fingerprints:  # their text must not come back, not even into quarantine
-            rows, sources, refused = forgotten.kept_out(rows, sources, refused)
-            prompts = forgotten.without(prompts)
-        good, bad = checked(rows, sources)
-        source_of = {id(row): source for row, source in zip(rows, sources, strict=True)}
-        prompts_table = prompt_table(prompts) if prompts else None
-        table = rollout_table(good)
+    good, bad = checked(rows, sources)
+    source_of = {id(row): source for row, source in zip(rows, sources, strict=True)}
+    prompts_table = prompt_table(prompts) if prompts else None
+    table = rollout_table(good)
+    with lake.alone():  # what is true of the lake at the checks must be true at the commit
         with lake.reader() as reader:
             reasons = conflicts(reader, table)
         return ingest_table(
@@ -83,32 +79,40 @@ def ingest_table(
     prompts: pa.Table | None = None,
     refused: Sequence[Refused] = (),
 ) -> Ingested:
-    """`ingest` of rows that are checked, named and compared with the lake, all while `lake` is `alone`.
+    """`ingest` of rows that are checked, named and compared with the lake, all while it is `alone`.
 
     Args:
         rows: of the schema of `rollouts`.
-        reasons: their `conflicts`.
+        reasons: why some may not enter, by their number: their `conflicts`.
         origin_of: the source of a row, by its number, and what of it goes to quarantine.
         prompts: of the schema of `prompts`.
 
     Raises:
         LakeError: the lake cannot be written; then nothing of this call is in it.
     """
-    conflicting = [
-        Refused(reason, source, dict(row))
-        for reason, (source, row) in ((reason, origin_of(number)) for number, reason in reasons.items())
-    ]
-    good = rows
-    if reasons:
-        good = rows.take(np.setdiff1d(np.arange(rows.num_rows), list(reasons)))
-    all_refused = [*refused, *conflicting]
-    tables: dict[str, pa.Table] = {"rollouts": good}
-    if prompts is not None:
-        tables["prompts"] = prompts
-    if all_refused:
-        tables["quarantine"] = quarantine_table(all_refused)
-    new = lake.commit(tables)
-    return Ingested(new["rollouts"], good.num_rows - new["rollouts"], len(all_refused))
+
+    def change(writer: Writer) -> Ingested:
+        forgotten = Forgotten.in_turn(writer)  # their text must not come back, not even into quarantine
+        gone = forgotten.rows(rows, prompts)
+        bad = list(refused)
+        out = sorted(gone | reasons.keys())
+        for number in out:
+            source, row = origin_of(number)
+            item = Refused(reasons.get(number, FORGOTTEN), source, dict(row))
+            bad.append(emptied(item) if number in gone else item)
+        good = rows
+        if out:
+            good = rows.take(np.setdiff1d(np.arange(rows.num_rows), out))
+        tables = {"rollouts": good}
+        if prompts is not None:
+            left_out = frozenset(rows["prompt_id"].take(pa.array(sorted(gone), pa.int64())).to_pylist())
+            tables["prompts"] = forgotten.prompts(prompts, left_out)
+        if bad:
+            tables["quarantine"] = quarantine_table(forgotten.emptied(bad))
+        new = writer.append(tables)
+        return Ingested(new["rollouts"], good.num_rows - new["rollouts"], len(bad))
+
+    return lake.changed(change)
 
 
 def conflicts(reader: Reader, rows: pa.Table) -> dict[int, str]:

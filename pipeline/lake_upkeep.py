@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from pathlib import Path
 
 import duckdb
 
@@ -46,10 +47,21 @@ def delete_orphans(lake: Lake, older_than: timedelta = timedelta(hours=1), dry_r
             "call ducklake_delete_orphaned_files('lake', older_than => ?, dry_run => ?)",
             [oldest, dry_run],
         ).fetchall()
-        unfinished = [p for p in lake.files.rglob(".*.partial") if p.stat().st_mtime < oldest.timestamp()]
+        unfinished = list(_unfinished(lake, oldest))
         for path in () if dry_run else unfinished:
             path.unlink(missing_ok=True)
     return len(deleted) + len(unfinished)
+
+
+def _unfinished(lake: Lake, older_than: datetime) -> Iterator[Path]:
+    """Data files, and notes of verified ones, whose writer was killed while it wrote them."""
+    for path in [*lake.files.rglob(".*.partial"), *lake.folder.glob(".*.partial")]:
+        try:
+            written = path.stat().st_mtime
+        except FileNotFoundError:  # it was renamed: its writer lives
+            continue
+        if written < older_than.timestamp():
+            yield path
 
 
 def end_older_snapshots(lake: Lake) -> None:

@@ -81,10 +81,12 @@ class Writer:
         return rows.filter(pc.is_in(rows["rollout_id"], held["rollout_id"].combine_chunks()))
 
     def migrate(self) -> None:
-        """Makes the tables that a lake of an older schema lacks."""
+        """Makes the tables that a lake of an older schema lacks, and notes what its commits did not."""
         self.begin()
         for table in schema.TABLES:
             self.connection.execute(schema.ddl(table))
+        held = self.connection.execute("select distinct group_id, run_id from rollouts").to_arrow_table()
+        self._note_spanning_groups(held)
         self.connection.execute(
             "update meta set value = ? where key = 'schema_version'", [str(schema.SCHEMA_VERSION)]
         )

@@ -197,7 +197,7 @@ def check_head(model: PreTrainedModel) -> None:
         )
 
 
-def limits(model: PreTrainedModel) -> tuple[int, int]:
+def context_and_vocabulary(model: PreTrainedModel) -> tuple[int, int]:
     """How many tokens a model reads at most, and how many token ids it knows."""
     context = int(getattr(model.config, "max_position_embeddings", 0) or NO_LIMIT)
     return context, int(_head_and_decoder(model)[0].weight.shape[0])
@@ -209,7 +209,7 @@ def _head_and_decoder(model: Any) -> tuple[Any, Any]:
 
 
 def _check_rows(model: PreTrainedModel, rows: Sequence[Row]) -> None:
-    context, vocabulary = limits(model)
+    context, vocabulary = context_and_vocabulary(model)
     for prompt_ids, completion_ids in rows:
         if not len(prompt_ids):
             raise FormatError(

@@ -7,14 +7,12 @@ stay for `grace_hours`; a session on an older snapshot holds it (`Lake.reader`).
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
@@ -26,6 +24,7 @@ from pipeline.holds import held
 from pipeline.lake import Lake
 from pipeline.lake_upkeep import delete_orphans, maintained
 from pipeline.parquet import ROW_GROUP_ROWS
+from pipeline.run_notes import noted_at, noted_runs, read_notes
 from pipeline.sqlfiles import sql_file
 
 MIB = 2**20
@@ -126,16 +125,23 @@ def record_merged_files(lake: Lake, dry_run: bool = False) -> int:
         unrecorded = reader.unrecorded_files()
     if dry_run or not unrecorded:
         return len(unrecorded)
-    rows = [
-        {
-            "path": path,
-            "table_name": table,
-            "sha256": file_sha256(lake.folder / path),
-            "num_rows": num_rows,
-            "created_at": datetime.now(UTC),
-        }
-        for path, table, num_rows in unrecorded
-    ]
+    try:
+        rows = [
+            {
+                "path": path,
+                "table_name": table,
+                "sha256": file_sha256(lake.folder / path),
+                "num_rows": num_rows,
+                "created_at": datetime.now(UTC),
+            }
+            for path, table, num_rows in unrecorded
+        ]
+    except OSError as error:
+        raise LakeError(
+            f"Cannot record the files of the lake in {lake.folder} that a merge wrote: {error}. "
+            "Restore it from a backup, or set it aside with `echomine doctor --set-aside`, then run "
+            "`echomine maintain` again."
+        ) from error
     lake.commit({"files": pa.Table.from_pylist(rows, schema.FILES)})
     verified.note_written(lake.folder, {str(row["path"]): str(row["sha256"]) for row in rows})
     return len(rows)
@@ -176,10 +182,10 @@ def expire_snapshots(lake: Lake, config: MaintainConfig, dry_run: bool = False) 
 
 def _nights(lake: Lake, since: datetime) -> Iterator[int]:
     """The snapshots that recent nights have noted to mine; one that was killed goes on from there."""
-    for path in (lake.folder / "runs").glob("*/run.json"):
-        facts: dict[str, Any] = json.loads(path.read_text())
-        recent = path.stat().st_mtime >= since.timestamp()
-        if facts.get("snapshot") is not None and (recent or not facts["done"]):
+    for folder in noted_runs(lake.folder):
+        facts = read_notes(folder)
+        recent = noted_at(folder) >= since.timestamp()
+        if facts.get("snapshot") is not None and (recent or not facts.get("done")):
             yield int(facts["snapshot"])
 
 

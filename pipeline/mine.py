@@ -14,13 +14,14 @@ import pyarrow as pa
 
 from pipeline import schema
 from pipeline.config import MiningConfig
-from pipeline.errors import LakeError, MiningError
+from pipeline.errors import MiningError
+from pipeline.forgotten import Forgotten
 from pipeline.hashing import content_id
 from pipeline.lake import MERGED_FILE, Lake
 from pipeline.lake_reader import Reader
+from pipeline.mining_refusals import refuse_mixed_entropies, refuse_unknown_scope, undamaged
 from pipeline.news import touched_groups, touched_runs
 from pipeline.sqlfiles import macros, relations, sql_file
-from pipeline.verified import Verification
 
 if TYPE_CHECKING:
     from pipeline.resplit import Resplitter
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 STAGES = (
     "group_classes",
     "successes",
-    "best_steps",
     "group_clips",
     "twin_clips",
     "twin_contents",
@@ -79,16 +79,17 @@ def mine(
 
     Raises:
         MiningError: entropies of several kinds, or by several judges, would be ranked together, or successes
-            to split again are of another tokenizer.
-        LakeError: a data file that is met for the first time is damaged.
+            to split again are of another tokenizer, or the lake's history begins after `since_snapshot`.
+        LakeError: a data file that is met for the first time is damaged, or prompts were forgotten meanwhile.
     """
     started = time.monotonic()
     splitting = resplitter(config, tokenizer)
     with lake.reader(snapshot) as reader, _newest(lake, reader, snapshot) as newest:
-        data_snapshot = reader.data_snapshot()
+        data_snapshot, forgotten = reader.data_snapshot(), Forgotten.as_of(reader)
         stages = STAGES if splitting is None else (*STAGES, *splitting.stages)
         texts = (sql_file(f"mining/{stage}") for stage in stages)
-        sql_hash = content_id(*macros(), relations()["current_verdicts"], *texts)
+        verdicts = (relations()[name] for name in ("current_verdicts", "judged_rollouts"))
+        sql_hash = content_id(*macros(), *verdicts, *texts)
         settings = config.model_dump(mode="json") | {"since_snapshot": since_snapshot, "run_id": run_id}
         settings |= {} if splitting is None else splitting.settings
         # The files' content, so that minings of two lakes never share a name; as they were committed, so
@@ -103,13 +104,11 @@ def mine(
         if known is not None:
             lake.touch_mining(mining_id)
             return known
-        _refuse_unknown_scope(reader, since_snapshot, run_id)
+        refuse_unknown_scope(reader, since_snapshot, run_id)
         runs = None if since_snapshot is None else touched_runs(reader, since_snapshot)
         verification = reader.verification(runs, newest=newest)
-        try:
+        with undamaged(lake, verification):
             groups, dropped, clips = decide(reader, config, since_snapshot, run_id, runs, splitting)
-        finally:
-            _refuse_damage(lake, verification)  # which says more than what a query makes of a damaged file
 
     mining = Mining(mining_id, data_snapshot, groups, clips.num_rows, dropped)
     record = {
@@ -126,11 +125,12 @@ def mine(
         "created_at": datetime.now(UTC),
     }
     clips = clips.append_column("mining_id", pa.array([mining_id] * clips.num_rows, pa.string()))
-    lake.commit(
+    forgotten.commit(
+        lake,
         {
             "echo_clips": clips.select(schema.ECHO_CLIPS.names).cast(schema.ECHO_CLIPS),
             "mining_runs": pa.Table.from_pylist([record], schema.MINING_RUNS),
-        }
+        },
     )
     return mining
 
@@ -164,7 +164,7 @@ def decide(
     for stage in STAGES:
         reader.materialize(stage, sql_file(f"mining/{stage}"), params)
         if stage == "successes":
-            _refuse_mixed_entropies(reader)
+            refuse_mixed_entropies(reader)
             if splitting is not None:
                 splitting.resplit(reader, params)
         if stage == "twin_clips":
@@ -209,70 +209,6 @@ def _counts(reader: Reader, sql: str) -> dict[str, int]:
     return {row["name"]: row["n"] for row in sorted(reader.rows(sql), key=lambda row: row["name"])}
 
 
-def _refuse_mixed_entropies(reader: Reader) -> None:
-    kinds = [
-        row["entropy_kind"]
-        for row in reader.rows(
-            "select distinct entropy_kind from successes where not awaits_scorer "
-            "order by entropy_kind nulls first"
-        )
-    ]
-    if len(kinds) > 1:
-        raise MiningError(
-            f"The successes to mine have several kinds of entropy ({', '.join(map(str, kinds))}), which do "
-            "not compare. Choose one with --entropy-kind."
-        )
-    if kinds == ["rescored"]:
-        _refuse_several_judges(reader)
-
-
-def _refuse_several_judges(reader: Reader) -> None:
-    """Rescored entropies compare if one policy gave them all, or each rollout's are its own policy's."""
-    judges = reader.rows(
-        """
-        with
-        judged as (
-            select
-                successes.rollout_id,
-                max_by(scorings.model || ' at version ' || scorings.policy_version, scored_at) as judge,
-                coalesce(max_by(scorings.weights_hash, scored_at), 'unknown') as weights_hash
-            from successes
-            left join scorings using (rollout_id)
-            where not awaits_scorer
-            group by successes.rollout_id
-        )
-        select
-            coalesce(any_value(judged.judge), 'unknown weights') as name,
-            count(*) as num_rollouts,
-            bool_and(rollouts.weights_hash is not distinct from judged.weights_hash) as judged_their_own
-        from judged
-        join rollouts using (rollout_id)
-        group by judged.weights_hash
-        order by num_rollouts desc, judged.weights_hash
-        """
-    )
-    if len(judges) > 1 and not all(judge["judged_their_own"] for judge in judges):
-        named = ", ".join(f"{judge['num_rollouts']} by {judge['name']}" for judge in judges)
-        raise MiningError(
-            f"The successes to mine were scored by different weights ({named}), whose entropies do not "
-            "compare. Have one model judge them all: `echomine score --rescore --model NAME_OR_FOLDER`."
-        )
-
-
-def _refuse_unknown_scope(reader: Reader, since_snapshot: int | None, run_id: str | None) -> None:
-    if since_snapshot is not None and not 0 <= since_snapshot <= reader.snapshot:
-        raise MiningError(
-            f"There is no snapshot {since_snapshot} to mine since; the newest is {reader.snapshot}. "
-            'See `echomine sql "from snapshots"`.'
-        )
-    runs = "select count(*) as n from rollouts where run_id = $run_id"
-    if run_id is not None and not reader.rows(runs, {"run_id": run_id})[0]["n"]:
-        raise MiningError(
-            f"The lake has no run {run_id}. "
-            'See `echomine sql "select distinct run_id from rollouts"` for those it has.'
-        )
-
-
 def _newest(lake: Lake, reader: Reader, snapshot: int | None) -> AbstractContextManager[Reader]:
     """What is known by now of earlier minings; they may be newer than the snapshot that is mined."""
     return nullcontext(reader) if snapshot is None else lake.reader()
@@ -289,13 +225,3 @@ def _recorded(newest: Reader, mining_id: str) -> Mining | None:
         return None
     row = rows[0]
     return Mining(mining_id, row["snapshot"], dict(row["groups"]), row["num_clips"], dict(row["dropped"]))
-
-
-def _refuse_damage(lake: Lake, verification: Verification) -> None:
-    damaged = verification.damaged()
-    if damaged:
-        raise LakeError(
-            f"{damaged[0].path} in {lake.folder} {damaged[0].problem} ({len(damaged)} such files). "
-            "Restore it from a backup, or set it aside with `echomine doctor --set-aside`, then mine again; "
-            "nothing was mined."
-        )

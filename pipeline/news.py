@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
+from pipeline.errors import MiningError
 from pipeline.lake_reader import SPANNING_GROUP, Reader
 from pipeline.sqlfiles import sql_file
 
@@ -52,15 +53,25 @@ def touched_runs(reader: Reader, since_snapshot: int) -> tuple[str, str] | None:
 
 
 def _news(reader: Reader, since: int) -> pa.Table:
-    """[group_id, run_id]; of a group that was only judged again, every run."""
+    """[group_id, run_id]; of a group that was only judged again, every run.
+
+    Raises:
+        MiningError: forgetting prompts has ended the snapshots that would tell.
+    """
     if since >= reader.snapshot:
         return pa.table({"group_id": pa.array([], pa.string()), "run_id": pa.array([], pa.string())})
     # Changes are asked for from a snapshot on that is there; the one after may have expired.
-    first = reader.rows(
-        "select max(snapshot_id) as n from ducklake_snapshots('lake') where snapshot_id <= $since + 1",
+    left = reader.rows(
+        "select max(snapshot_id) filter (snapshot_id <= $since + 1) as first, min(snapshot_id) as oldest "
+        "from ducklake_snapshots('lake')",
         {"since": since},
-    )[0]["n"]
-    params = {"first": first, "last": reader.snapshot, "since": since}
+    )[0]
+    if left["first"] is None:
+        raise MiningError(
+            f"What came after snapshot {since} cannot be told: the lake's history begins with "
+            f"{left['oldest']}. Give a later --since-snapshot, or mine without it."
+        )
+    params = {"first": left["first"], "last": reader.snapshot, "since": since}
     incomplete = reader.rows(_SET_ASIDE, params)[0]["n"]
     rollouts = reader.table(_STANDING if incomplete else _INSERTED, params)
     if not _has_verdicts(reader, since):  # the rollouts of all runs are compared only where there are any

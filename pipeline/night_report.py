@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 from pipeline.errors import LakeError
 from pipeline.lake import Lake
 from pipeline.report import write_report
+from pipeline.run_notes import noted_at, noted_runs, read_notes
 from pipeline.tokenization import load_tokenizer
 
 
@@ -24,15 +24,16 @@ def write_night_report(lake: Lake, run_id: str, snapshot: int | None = None) -> 
         MiningError: the run was not mined by then.
     """
     folder = lake.folder / "runs" / run_id
-    facts = _json(folder / "run.json")
-    if facts is None or "mining_id" not in facts:
+    facts = read_notes(folder)
+    if "mining_id" not in facts:
         raise LakeError(
             f"Run {run_id} in {lake.folder} was not mined yet. Run `echomine nightly` to finish it."
         )
-    training = _json(folder / str(facts.get("training_id")) / "training.json")
-    if training is not None:
-        lines = (folder / str(facts["training_id"]) / "metrics.jsonl").read_text().splitlines()
-        training["metrics"] = [json.loads(line) for line in lines]
+    trained = folder / str(facts.get("training_id"))
+    training = None
+    if (trained / "training.json").is_file():
+        training = json.loads((trained / "training.json").read_text())
+        training["metrics"] = list(map(json.loads, (trained / "metrics.jsonl").read_text().splitlines()))
     return write_report(
         lake,
         run_id,
@@ -54,20 +55,13 @@ def run_of_night(lake: Lake, night: date | None) -> str:
         LakeError: the lake has no such night.
     """
     runs = []
-    for path in (lake.folder / "runs").glob("*/run.json"):
-        facts = _json(path) or {}
+    for folder in noted_runs(lake.folder):
+        facts = read_notes(folder)
         if "night" in facts and (night is None or facts["night"] == night.isoformat()):
-            runs.append((facts["night"], path.stat().st_mtime, path.parent.name))
+            runs.append((facts["night"], noted_at(folder), folder.name))
     if not runs:
         raise LakeError(
             f"The lake in {lake.folder} has no night{f' {night}' if night else ' yet'}. "
             "Run `echomine nightly` first."
         )
     return max(runs)[2]
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    content: dict[str, Any] = json.loads(path.read_text())
-    return content

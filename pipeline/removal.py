@@ -51,6 +51,32 @@ def remove_rows(
     return deleted
 
 
+def recount_minings(writer: Writer, num_lost: Mapping[str, int]) -> None:
+    """In the transaction of `remove_rows`: lets minings say that they have fewer clips, and why.
+
+    Args:
+        num_lost: clips that went, by mining.
+    """
+    lost = pa.table(
+        [pa.array(list(num_lost), pa.string()), pa.array(list(num_lost.values()), pa.int64())],
+        ["mining_id", "num_clips"],
+    )
+    writer.connection.register("lost", lost)
+    writer.connection.execute(
+        """
+        update mining_runs set
+            num_clips = mining_runs.num_clips - lost.num_clips,
+            dropped = map_concat(
+                dropped,
+                map {'forgotten': coalesce(map_extract_value(dropped, 'forgotten'), 0) + lost.num_clips}
+            )
+        from lost
+        where lost.mining_id = mining_runs.mining_id
+        """
+    )
+    writer.connection.unregister("lost")
+
+
 def _files_to_rewrite(writer: Writer, name: str, going: str) -> list[str]:
     """Data files with rows that go, or that were deleted before: their bytes are still in the file."""
     rows = writer.connection.execute(
@@ -88,7 +114,8 @@ def refuse_other_catalogs(lake: Lake) -> None:
     if not isinstance(lake.catalog, SqliteCatalog):
         raise LakeError(
             f"The catalog of {lake.folder} is in {lake.catalog.where}, which keeps old rows and logs of its "
-            "own, so a prompt cannot be forgotten there. Export what shall stay into a lake without it."
+            "own, so a prompt cannot be forgotten there. Import its dumps into a new lake, "
+            "whose catalog is a file, and forget it there."
         )
 
 

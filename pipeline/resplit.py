@@ -49,7 +49,9 @@ class Resplitter:
         tokens = reader.batches(sql_file("mining/candidate_tokens"), _BATCH_ROWS, params)
         steps = pa.Table.from_batches([self._steps(batch) for batch in tokens], _NEW_STEPS)
         with reader.relation("new_steps", steps):
-            reader.materialize("successes", sql_file("mining/resplit_successes"), self.settings)
+            reader.materialize(
+                "successes", sql_file("mining/resplit_successes"), dict(params) | self.settings
+            )
 
     def _steps(self, tokens: pa.Table) -> pa.RecordBatch:
         """The steps of some rollouts, their entropies as an import of the stored ones would have them."""

@@ -106,7 +106,7 @@ def reverify(
             f"None of the {done.no_verifier} rollouts names a built-in verifier. "
             "Say who judges them: --verifier NAME or module:function."
         )
-    with lake.reader() as reader:
+    with lake.alone(), lake.reader() as reader:  # a notice is also written by who forgets
         withdrawn = withdrawn_clips(reader)
         shards = notice_shards(reader, withdrawn, "overturned")
     return replace(done, withdrawn_clips=sum(map(len, withdrawn.values())), shards=shards)
@@ -181,5 +181,6 @@ class _Reverification:
 
     def _commit(self) -> None:
         if self._rows:
-            self.lake.commit({"verdicts": pa.Table.from_pylist(self._rows, schema.VERDICTS)})
+            verdicts = pa.Table.from_pylist(self._rows, schema.VERDICTS)
+            self.lake.changed(lambda writer: writer.append({"verdicts": writer.still_held(verdicts)}))
             self._rows.clear()

@@ -6,8 +6,6 @@ a batch is in the lake, staged in its folder, or not yet generated.
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
@@ -26,6 +24,7 @@ from pipeline.prompts import read_prompts
 from pipeline.records import Policy, Prompt, Run
 from pipeline.rewards import VerifierPool
 from pipeline.rollouts import Sampled, rollout_rows
+from pipeline.run_notes import noted_runs, read_notes, write_notes
 from pipeline.staging import is_judged, stage, staged
 from pipeline.tokenization import completion_text, load_tokenizer
 
@@ -82,7 +81,7 @@ def open_run(config: NightlyConfig, lake_folder: Path, today: date | None = None
     night = config.night or unfinished or today or datetime.now(UTC).date()
     run_id = f"{night.isoformat()}-{content_id(night.isoformat(), recipe)[:12]}"
     run = NightRun(run_id, night, lake.folder, folder, policy, config, resumed=False)
-    known = (run.folder / "run.json").is_file()
+    known = bool(facts(run))
     if not known:
         run.folder.mkdir(parents=True, exist_ok=True)
         update_facts(
@@ -99,24 +98,20 @@ def open_run(config: NightlyConfig, lake_folder: Path, today: date | None = None
 def _unfinished(lake_folder: Path, recipe: str) -> date | None:
     """The newest night of this recipe that was begun and not done."""
     nights = []
-    for path in (lake_folder / "runs").glob("*/run.json"):
-        facts = json.loads(path.read_text())
-        if facts.get("recipe") == recipe and not facts["done"]:
+    for folder in noted_runs(lake_folder):
+        facts = read_notes(folder)
+        if facts.get("recipe") == recipe and not facts.get("done"):
             nights.append(date.fromisoformat(facts["night"]))
     return max(nights, default=None)
 
 
 def facts(run: NightRun) -> dict[str, Any]:
     """What the run has noted of itself: its recipe, night, seconds spent, whether it is done."""
-    path = run.folder / "run.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return read_notes(run.folder)
 
 
 def update_facts(run: NightRun, **new: Any) -> None:
-    path = run.folder / "run.json"
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(facts(run) | new, indent=2) + "\n")
-    os.replace(partial, path)
+    write_notes(run.folder, facts(run) | new)
 
 
 def finish(run: NightRun) -> None:

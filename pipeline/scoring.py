@@ -20,7 +20,7 @@ from pipeline import schema
 from pipeline.errors import LakeError, ModelError
 from pipeline.lake import Lake
 from pipeline.lake_reader import Reader
-from pipeline.logprobs import NO_LIMIT, TokenStats, check_head, limits
+from pipeline.logprobs import NO_LIMIT, TokenStats, check_head, context_and_vocabulary
 from pipeline.models import is_out_of_memory, load_model
 from pipeline.onednn import OneDnnLinear
 from pipeline.records import Policy
@@ -155,7 +155,7 @@ def _params(policy: Policy, selection: Selection, context: int = NO_LIMIT) -> di
 
 def _waiting(reader: Reader, model: PreTrainedModel, policy: Policy, selection: Selection) -> Scored:
     """Makes the relation `waiting_rollouts`, and counts those in it that the model cannot read."""
-    context, vocabulary = limits(model)
+    context, vocabulary = context_and_vocabulary(model)
     params = _params(policy, selection, context)
     reader.materialize("waiting_rollouts", sql_file("staging/waiting_rollouts"), params)
     counts = reader.rows(

@@ -23,6 +23,7 @@ from pipeline.lake_upkeep import maintained
 from pipeline.quarantine import Refused, quarantine_table
 
 MESSAGE = "damaged data files set aside"  # the catalog's commit message, by which such snapshots are known
+FOLDER = "damaged"  # in the lake's
 _CATALOG = "__ducklake_metadata_lake"
 
 
@@ -96,7 +97,7 @@ def _facts(reader: Reader, paths: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 def _moved(folder: Path, path: str) -> str | None:
     """Where the file is, relative to the lake's folder; None if there is none."""
-    kept = folder / "damaged" / Path(path).relative_to("files")
+    kept = folder / FOLDER / Path(path).relative_to("files")
     if not (folder / path).exists():
         return str(kept.relative_to(folder)) if kept.exists() else None  # moved before a kill
     name, number = kept.name, 1

@@ -15,6 +15,7 @@ from pipeline.errors import ConfigError, NothingToMine
 from pipeline.lake import Lake
 from pipeline.lake_reader import Reader
 from pipeline.mine import decide, recorded_settings, resplitter
+from pipeline.mining_refusals import undamaged
 
 
 @dataclass(frozen=True)
@@ -101,10 +102,10 @@ def simulate(
 
     Raises:
         ConfigError: no such setting, or no such value.
-        NothingToMine: there is no mining to compare with.
+        NothingToMine: there is no mining to compare with, or what it mined has ended.
         MiningError: several entropy kinds would be ranked together, or successes to split again are
             of another tokenizer.
-        LakeError: no such snapshot.
+        LakeError: no such snapshot, or a data file that is met for the first time is damaged.
     """
     with lake.reader() as newest:
         last = _last_mining(newest, run_id)
@@ -115,10 +116,13 @@ def simulate(
     recorded = json.loads(last["config"])
     config = validated(MiningConfig, recorded_settings(recorded) | dict(changes), where="--what-if")
     splitting = resplitter(config, tokenizer)
-    with lake.reader(last["snapshot"] if snapshot is None else snapshot) as reader:
-        groups, dropped, clips = decide(
-            reader, config, recorded["since_snapshot"], last["run_id"], splitting=splitting
-        )
+    if snapshot is None:
+        snapshot = _still_there(lake, last)
+    with lake.reader(snapshot) as reader, lake.reader() as current:
+        with undamaged(lake, reader.verification(newest=current)):
+            groups, dropped, clips = decide(
+                reader, config, recorded["since_snapshot"], last["run_id"], splitting=splitting
+            )
         mined_snapshot = reader.data_snapshot()
     return Simulation(
         last["mining_id"],
@@ -142,6 +146,16 @@ def _last_mining(reader: Reader, run_id: str | None) -> dict[str, Any]:
             f"{what} was never mined, so there is nothing to compare with. Run `echomine mine`."
         )
     return rows[0]
+
+
+def _still_there(lake: Lake, mining: Mapping[str, Any]) -> int:
+    with lake.reader() as reader:
+        if reader.rows("from snapshots where snapshot = $snapshot", mining):
+            return int(mining["snapshot"])
+    raise NothingToMine(
+        f"Mining {mining['mining_id'][:12]} mined snapshot {mining['snapshot']}, which has ended since. "
+        "Mine again (`echomine mine`), or give one that is left with --snapshot."
+    )
 
 
 def _yield(clips: pa.Table, groups: Mapping[str, int], dropped: Mapping[str, int]) -> Yield:

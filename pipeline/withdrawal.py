@@ -14,10 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from pipeline.errors import FormatError
+from pipeline.exports.manifest import clip_ids
 from pipeline.lake_reader import Reader
 
 NOTICE = "withdrawn.json"
@@ -30,7 +28,7 @@ class TouchedShard:
     """An exported file with clips that may teach no more.
 
     Attributes:
-        clips: how many of them; where the file cannot be read, how many at most.
+        clips: how many of them; where nothing tells which it holds, how many at most.
         noticed: whether the notice stands beside it; if not, whoever holds a copy must be told.
     """
 
@@ -64,12 +62,12 @@ def notice_shards(reader: Reader, clips: ClipsByMining, reason: Reason) -> list[
     named: dict[Path, set[str]] = {}
     for row in reader.rows("select distinct path, mining_id from shards order by path"):
         path, wanted = Path(row["path"]), clips.get(row["mining_id"], set())
-        held = _clip_ids(path)
-        hit = wanted if held is None else wanted & held
-        if held is not None:
+        held, is_there = clip_ids(path), path.is_file()
+        hit = wanted if held is None else wanted & held  # a notice may name clips that are not there
+        if is_there:
             named.setdefault(path.parent, set()).update(hit)
         if hit:
-            touched.append(TouchedShard(str(path), len(hit), held is not None))
+            touched.append(TouchedShard(str(path), len(hit), is_there))
     unnoticed = {folder for folder, hit in named.items() if not _write_notice(folder, hit, reason)}
     return [
         TouchedShard(shard.path, shard.clips, False) if Path(shard.path).parent in unnoticed else shard
@@ -84,14 +82,6 @@ def noticed_clips(folder: Path) -> set[str]:
         FormatError: the notice is damaged.
     """
     return {clip for clips in _read_notice(folder).values() for clip in clips}
-
-
-def _clip_ids(path: Path) -> set[str] | None:
-    """Those of an exported file, None if it is no longer there or cannot be read."""
-    try:
-        return set(pq.read_table(path, columns=["clip_id"])["clip_id"].to_pylist())
-    except (OSError, pa.ArrowException):
-        return None
 
 
 def _write_notice(folder: Path, clips: set[str], reason: Reason) -> bool:

@@ -36,6 +36,30 @@ end,
     else reward_class(list_min(rewards), list_max(rewards), tolerance)
 end;
 
+-- The mean entropy of each step that may end a clip, null of the others.
+create or replace temp macro candidate_entropies(step_ends, step_entropies, min_step_tokens, max_clip_tokens) as
+case
+    -- a third of the time where nothing is asked of steps
+    when min_step_tokens <= 1 and max_clip_tokens is null then step_entropies
+    else list_transform(
+        step_entropies,
+        lambda entropy, i: case
+            when step_ends[i] - coalesce(step_ends[i - 1], 0) >= min_step_tokens
+                and (max_clip_tokens is null or step_ends[i] <= max_clip_tokens)
+            then entropy
+        end
+    )
+end;
+
+-- The step of highest entropy, the earliest on ties (list_position finds the first), and its clip.
+create or replace temp macro best_step(step_ends, entropies) as {
+    'steps_hash': hash(step_ends[:list_position(entropies, list_max(entropies))]),
+    'step_index': (list_position(entropies, list_max(entropies)) - 1)::integer,
+    'num_steps': len(step_ends)::integer,
+    'clip_tokens': step_ends[list_position(entropies, list_max(entropies))],
+    'step_entropy': list_max(entropies)
+};
+
 -- The tokens of a completion's prefix that ends with step `step_index` (from 0): its EchoClip.
 create or replace temp macro clip_ids(completion_ids, step_ends, step_index) as
     completion_ids[:step_ends[step_index + 1]];

@@ -50,7 +50,7 @@ def test_the_files_that_the_documentation_names_are_there():
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-def test_the_config_of_the_first_night_is_valid():
+def test_every_config_that_the_documentation_shows_is_valid():
     import tomllib
 
     for page in PAGES:

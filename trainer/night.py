@@ -54,8 +54,7 @@ def train_on_shards(
     tokenizer = load_tokenizer(model_folder)
     policy = policy_of(model_folder, model_name, tokenizer)
     clips = load_clips(shards, policy.tokenizer_hash)
-    with lake.reader() as reader:
-        prompts = Forgotten.of(reader).without(prompts)
+    prompts = Forgotten.of(lake).without(prompts)
     training_id = (
         "training-"
         + content_id(

@@ -13,7 +13,17 @@ from pipeline.config import load_config
 from pipeline.errors import QueryError
 
 
+class _Query(click.Command):
+    """Takes a text that begins with a comment of SQL for a query, not for an option."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(
+            ctx, [f"\n{arg}" if arg.startswith(("-- ", "--\n")) else arg for arg in args]
+        )
+
+
 @echomine.command(
+    cls=_Query,
     short_help="Ask the lake anything; reading only.",
     epilog=EXAMPLE + 'echomine sql "select group_class, count(*) from groups group by all"',
 )

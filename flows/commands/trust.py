@@ -96,13 +96,16 @@ def _print_shards(shards: Sequence[TouchedShard]) -> None:
         click.echo(
             f"shard {shard.path}: {shard.clips} clips; "
             + (
-                "withdrawn.json beside it keeps them out of training"
+                "withdrawn.json beside it names them, and `echomine train` leaves them out"
                 if shard.noticed
                 else "it cannot be read or marked there: tell whoever holds a copy"
             )
         )
     if shards:
-        note("Copies of these shards elsewhere know nothing of it: copy withdrawn.json too, or export again.")
+        note(
+            "Copies of these shards elsewhere know nothing of it: copy withdrawn.json too, or export again. "
+            "Other trainers do not read that file: export again for them."
+        )
 
 
 @lake_command(
@@ -127,15 +130,16 @@ def forget(lake: Path, config: Path | None, as_json: bool, names: tuple[str, ...
     from pipeline.forget import forget as forget_prompts
     from pipeline.forgetting import find
     from pipeline.lake import Lake
+    from pipeline.removal import refuse_other_catalogs
 
     opened = Lake.open(lake)
-    found = find(opened, list(names))
+    refuse_other_catalogs(opened)
     if not yes:
-        _say_what_would_go(found)
+        _say_what_would_go(find(opened, list(names)))
         raise ConfigError(
             "Nothing was removed. Give --yes to remove it for good; all older snapshots end with it."
         )
-    done = forget_prompts(opened, found)
+    done = forget_prompts(opened, list(names))
     if as_json:
         print_json(asdict(done))
         return
@@ -144,6 +148,8 @@ def forget(lake: Path, config: Path | None, as_json: bool, names: tuple[str, ...
     )
     _print_shards(done.shards)
     _print_remains(done)
+    if not any(done.rows.values()):
+        note("The lake held nothing more of them. Imports and nights leave them out from now on.")
 
 
 def _say_what_would_go(found: Forgetting) -> None:
@@ -157,6 +163,8 @@ def _say_what_would_go(found: Forgetting) -> None:
 def _print_remains(done: Forgot) -> None:
     for report in done.reports:
         click.echo(f"report {report}: deleted; `echomine report` writes it again")
+    for path in done.set_aside:
+        click.echo(f"file {path}: it was damaged and set aside, and may hold them; delete it yourself")
     for training in done.trainings:
         click.echo(
             f"training {training}: its checkpoint has learned from these clips; only you can discard it"

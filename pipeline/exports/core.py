@@ -2,6 +2,7 @@
 
 folder/latest.json              names the newest complete export
 folder/<export>/manifest.json   versions, hashes, counts
+folder/<export>/clips.json      the clip ids of each file, row by row, whatever its form
 folder/<export>/clips-00000.parquet …
 """
 
@@ -23,8 +24,9 @@ import pyarrow.compute as pc
 from pipeline import schema
 from pipeline.config import ExportConfig
 from pipeline.errors import FormatError, LakeError
-from pipeline.exports.manifest import EXPORT_VERSION, is_complete, read_manifest, replace_json
+from pipeline.exports.manifest import CLIPS, EXPORT_VERSION, is_complete, read_manifest, replace_json
 from pipeline.exports.selection import Selection, no_clips, select, windows
+from pipeline.forgotten import Forgotten
 from pipeline.hashing import content_id, file_sha256
 from pipeline.lake import Lake
 from pipeline.lake_reader import Reader
@@ -82,9 +84,10 @@ def export_clips(
         NothingToMine: the lake was never mined.
         MiningError: no such mining, or clips of several tokenizers.
         FormatError: clips of another tokenizer than the form's, or prompts to exclude that cannot be read.
-        LakeError: no such snapshot, or the folder cannot be written.
+        LakeError: no such snapshot, the folder cannot be written, or prompts were forgotten meanwhile.
     """
     with lake.reader(snapshot) as reader:
+        forgotten = Forgotten.as_of(reader)
         selection = select(reader, config, mining_id)
         _refuse_other_tokenizer(selection, form)
         settings = (
@@ -95,7 +98,8 @@ def export_clips(
         mining = selection.mining
         export_id = content_id(mining["mining_id"], settings, selection.content_hash)[:16]
         target = folder.absolute() / export_id
-        if is_complete(target):
+        was_there = is_complete(target)
+        if was_there:
             manifest = read_manifest(target / "manifest.json")
         else:
             facts = {
@@ -107,7 +111,12 @@ def export_clips(
                 "tokenizer_hash": selection.tokenizer_hash,
             }
             manifest = _write(reader, selection, form, config.clips_per_shard, target, facts)
-    lake.commit({"shards": _shard_rows(target, manifest)})
+    try:
+        forgotten.commit(lake, {"shards": _shard_rows(target, manifest)})
+    except LakeError:  # what is not recorded would not be found when its prompts are forgotten
+        if not was_there:
+            shutil.rmtree(target)
+        raise
     if manifest["clips"]:  # a trainer that follows latest.json keeps its clips when a night found none
         latest = {"export": export_id, "mining_id": manifest["mining_id"]}
         replace_json(folder.absolute() / "latest.json", latest)
@@ -134,13 +143,14 @@ def _write(
     """Everything into a folder aside, which is renamed when it is complete."""
     building = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     totals: Counter[str] = Counter()
-    files = []
+    files, clip_ids = [], {}
     try:
         building.mkdir(parents=True)
         for number, clips in enumerate(_parts(reader, selection, form, clips_per_file, totals)):
             path = building / f"clips-{number:05d}{form.suffix}"
             prompt_tokens, clip_tokens = _total(clips["prompt_ids"]), _total(clips["clip_ids"])
             totals.update(clips=clips.num_rows, prompt_tokens=prompt_tokens, clip_tokens=clip_tokens)
+            clip_ids[path.name] = clips["clip_id"].to_pylist()
             files.append(
                 {
                     "file": path.name,
@@ -161,6 +171,7 @@ def _write(
             "files": files,
             "created_at": datetime.now(UTC).isoformat(),
         }
+        (building / CLIPS).write_text(json.dumps(clip_ids) + "\n", encoding="utf-8")
         if form.readme is not None:
             (building / "README.md").write_text(form.readme(manifest), encoding="utf-8")
         (building / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,7 @@
-"""What vouches for an export: `manifest.json` beside its files, and `latest.json` that names the newest."""
+"""What vouches for an export: `manifest.json` beside its files, and `latest.json` that names the newest.
+
+`clips.json` beside them names the clip of each row of each file, also where the form has no room for it.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from pipeline.errors import FormatError
 from pipeline.hashing import file_sha256
 
 EXPORT_VERSION = 1
+CLIPS = "clips.json"
 _NEEDED = {"schema_version", "clips", "tokenizer_hash", "dropped"}
 _NEEDED_OF_A_FILE = {"file", "sha256", "clips", "tokens"}
 
@@ -53,6 +57,15 @@ def newest_manifest(folder: Path) -> Path:
     raise FormatError(
         f"{folder} holds no shards (no manifest.json or latest.json). Run `echomine export shards`."
     )
+
+
+def clip_ids(path: Path) -> set[str] | None:
+    """Those of an exported file; None if nothing beside it says them."""
+    try:
+        ids = read_json(path.with_name(CLIPS)).get(path.name)
+    except FormatError:
+        return None
+    return set(map(str, ids)) if isinstance(ids, list) else None
 
 
 def damaged_file(folder: Path, manifest: Mapping[str, Any]) -> Path | None:

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from pipeline import formats, schema
 from pipeline.errors import FormatError
-from pipeline.forgotten import FORGOTTEN, PLACE, Forgotten
+from pipeline.forgotten import Forgotten
 from pipeline.formats.source_rows import Format, check_file
 from pipeline.hashing import content_id, file_sha256
 from pipeline.imports.batches import batches
@@ -28,6 +28,7 @@ from pipeline.imports.staging import ImportStaging, bytes_in_memory
 from pipeline.ingest import Ingested, conflicts, ingest_table
 from pipeline.lake import Lake
 from pipeline.lake_reader import Reader
+from pipeline.lake_writer import Writer
 from pipeline.rollouts import named
 from pipeline.sqlfiles import sql_file
 
@@ -109,12 +110,10 @@ def import_rollouts(
                     progress(num_rows)
         staging.finish()
         for refused in staging.refused():
-            with lake.alone(), lake.reader() as reader:
-                lake.commit({"quarantine": Forgotten.of(reader).cleaned(refused)})
+            _quarantine(lake, refused)
             done = replace(done, rows=done.rows + Ingested(refused=refused.num_rows))
         for part in staging.parts():
-            # what is true of the lake at the checks must be true at the commit
-            with lake.alone():
+            with lake.alone():  # what is true of the lake at the checks must be true at the commit
                 rows, run_ids = _committed(lake, part)
             done = replace(done, rows=done.rows + rows, run_ids=done.run_ids | run_ids)
     return done
@@ -132,28 +131,31 @@ def num_unscored(lake: Lake, run_ids: Sequence[str]) -> int:
         )
 
 
+def _quarantine(lake: Lake, refused: pa.Table) -> None:
+    def change(writer: Writer) -> None:
+        writer.append({"quarantine": Forgotten.in_turn(writer).cleaned(refused)})
+
+    lake.changed(change)
+
+
 def _committed(lake: Lake, part: pa.Table) -> tuple[Ingested, frozenset[str]]:
     """Gives whole groups their places and commits them, but for rows of forgotten prompts."""
     with lake.reader() as reader:
         part = _placed(reader, part)
         rows = named(part.select(schema.ROLLOUTS.names))
         reasons = conflicts(reader, rows)
-        kept_out = Forgotten.of(reader).rows(part)
-    reasons |= dict.fromkeys(kept_out, FORGOTTEN)
 
     def origin_of(row: int) -> tuple[str, dict[str, Any]]:
-        given = rows.select(PLACE if row in kept_out else rows.column_names)
-        return part["source"][row].as_py(), given.slice(row, 1).to_pylist()[0]
+        return part["source"][row].as_py(), rows.slice(row, 1).to_pylist()[0]
 
-    prompts = _prompts(part.filter(~np.isin(np.arange(part.num_rows), list(kept_out))) if kept_out else part)
-    done = ingest_table(lake, _dated(rows), reasons, origin_of, prompts)
+    done = ingest_table(lake, _dated(rows), reasons, origin_of, _prompts(part))
     return done, frozenset(pc.unique(rows["run_id"]).to_pylist())
 
 
 def _placed(reader: Reader, part: pa.Table) -> pa.Table:
     """The rows that were not refused, group after group, each with its place."""
     reader.materialize_rows("staged_rollouts", part.select([*_GIVEN, *_CONTENT]))
-    for stage in ("staged_samples", "sample_places"):
+    for stage in ("staged_samples", "held_rollouts", "sample_places"):
         reader.materialize(stage, sql_file(f"staging/{stage}"), {})
     places = reader.table(sql_file("staging/group_places"))
     numbers = part["nth"].to_numpy()

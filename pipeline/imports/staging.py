@@ -52,7 +52,7 @@ class ImportStaging:
         with self._writing():
             self._parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
-            _remove_abandoned(self._parent)
+            remove_abandoned(self._parent.parent)
             self.folder.mkdir()
         return self
 
@@ -135,17 +135,24 @@ class ImportStaging:
         writer.write_table(rows)
 
 
-def _remove_abandoned(parent: Path) -> None:
-    """Deletes what imports left that were killed: nobody holds their lock."""
-    for path in parent.glob("*.lock"):
+def remove_abandoned(lake: Path) -> int:
+    """Deletes what imports left in a lake's folder that were killed: nobody holds their lock.
+
+    Returns:
+        how many imports are running.
+    """
+    num_running = 0
+    for path in (lake / "staging").glob("*.lock"):
         lock = FileLock(path)
         try:
             lock.acquire(timeout=0)
         except Timeout:
+            num_running += 1
             continue
         shutil.rmtree(path.with_suffix(""), ignore_errors=True)
         path.unlink(missing_ok=True)
         lock.release()
+    return num_running
 
 
 def bytes_in_memory(files: list[Path]) -> int:

@@ -1,7 +1,7 @@
--- Minings that recorded another number of clips than there are; fewer are sound where prompts were forgotten.
+-- Minings that recorded another number of clips than there are; forgetting prompts lowers what is recorded.
 -- cure:    Mine it again as it was mined, which brings lost clips back, or with other options, and export that mining.
 -- grain:   mining_id
--- inputs:  mining_runs, echo_clips, forgotten_prompts
+-- inputs:  mining_runs, echo_clips
 -- params:  none
 -- columns:
 --   mining_id
@@ -21,5 +21,4 @@ select
     coalesce(counted.num_clips, 0) as num_clips
 from mining_runs
 left join counted using (mining_id)
-where coalesce(counted.num_clips, 0) > mining_runs.num_clips
-    or (coalesce(counted.num_clips, 0) < mining_runs.num_clips and not exists (from forgotten_prompts))
+where coalesce(counted.num_clips, 0) != mining_runs.num_clips

@@ -1,7 +1,7 @@
 -- Every group in the mining's reach with its class. Expert rollouts never count. A rollout that was verified again
 -- has the reward of its newest verdict. With $run_id a group is what that run holds of it: the rest may be incomplete.
 -- grain:   group_id
--- inputs:  rollouts, current_verdicts, touched_groups
+-- inputs:  judged_rollouts, touched_groups
 -- params:  $incremental (only touched_groups), $first_run, $last_run (between which runs those lie; null: any),
 --          $run_id (null: all runs), $reward_tolerance, $success_reward, $fail_reward (reward),
 --          $min_group_size (rollouts), $allow_partial
@@ -18,10 +18,9 @@ gathered as (
         group_id,
         count(*) as num_rollouts,
         max(group_size) as group_size,
-        min(coalesce(current_verdicts.reward, rollouts.reward)) as min_reward,
-        max(coalesce(current_verdicts.reward, rollouts.reward)) as max_reward
-    from rollouts
-    left join current_verdicts using (rollout_id)
+        min(reward) as min_reward,
+        max(reward) as max_reward
+    from judged_rollouts
     where origin in ('policy', 'trainer')
         and ($run_id is null or run_id = $run_id)
         and ($first_run is null or run_id between $first_run and $last_run)

@@ -1,6 +1,6 @@
 -- The best clips of each group. A group with a success that still awaits the scorer yields none.
 -- grain:   group_id, group_rank
--- inputs:  successes, best_steps
+-- inputs:  successes
 -- params:  $clips_per_group (clips)
 -- columns:
 --   group_id
@@ -32,6 +32,7 @@ select
     num_steps,
     clip_tokens,
     step_entropy
-from best_steps
-where group_id not in (select successes.group_id from successes where successes.awaits_scorer)
+from successes
+where step_entropy is not null
+    and group_id not in (select successes.group_id from successes where successes.awaits_scorer)
 qualify group_rank < $clips_per_group

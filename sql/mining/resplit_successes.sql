@@ -1,7 +1,7 @@
--- V with the steps of the mining's own delimiter instead of the stored ones.
+-- V with the steps of the mining's own delimiter instead of the stored ones; those that await the scorer have none.
 -- grain:   rollout_id
 -- inputs:  successes, new_steps
--- params:  $splitter (the rule that split them)
+-- params:  $splitter (the rule that split them), $min_step_tokens, $max_clip_tokens (tokens; null: no limit)
 -- columns:
 --   rollout_id
 --   group_id
@@ -12,21 +12,35 @@
 --   tokenizer_hash
 --   splitter
 --   entropy_kind
---   awaits_scorer    no entropies yet, and the stored steps
---   step_ends        tokens, exclusive
---   step_entropies   nats
+--   awaits_scorer    no entropies yet
+--   steps_hash       of the ends of the steps up to the candidate's
+--   step_index       from 0, null without a candidate
+--   num_steps        steps of the whole completion
+--   clip_tokens      tokens up to the end of the step, null without a candidate
+--   step_entropy     nats, null without a candidate
+with
+
+candidates as (
+    select
+        successes.rollout_id,
+        successes.group_id,
+        successes.prompt_id,
+        successes.model,
+        successes.policy_version,
+        successes.sample_index,
+        successes.tokenizer_hash,
+        $splitter as splitter,
+        successes.entropy_kind,
+        successes.awaits_scorer,
+        new_steps.step_ends,
+        candidate_entropies(
+            new_steps.step_ends, new_steps.step_entropies, $min_step_tokens, $max_clip_tokens
+        ) as entropies
+    from successes
+    left join new_steps using (rollout_id)
+)
+
 select
-    successes.rollout_id,
-    successes.group_id,
-    successes.prompt_id,
-    successes.model,
-    successes.policy_version,
-    successes.sample_index,
-    successes.tokenizer_hash,
-    $splitter as splitter,
-    successes.entropy_kind,
-    successes.awaits_scorer,
-    coalesce(new_steps.step_ends, successes.step_ends) as step_ends,
-    new_steps.step_entropies
-from successes
-left join new_steps using (rollout_id)
+    * exclude (step_ends, entropies),
+    unnest(best_step(step_ends, entropies))
+from candidates

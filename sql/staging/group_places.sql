@@ -1,7 +1,7 @@
 -- The place of each staged rollout in its group, how large the group was, and of which policy it is.
 -- Rollouts without an index may join a group that the lake holds: it grows by them, and keeps what it had lost.
 -- grain:   nth
--- inputs:  staged_samples, sample_places, rollouts
+-- inputs:  staged_samples, held_rollouts, sample_places
 -- params:  none
 -- columns:
 --   nth              the row's number in the import
@@ -17,9 +17,8 @@ held_groups as (
         count(*) as num_rollouts,
         max(group_size) as group_size,
         any_value(policy_version) as policy_version
-    from rollouts
-    where origin <> 'expert'
-        and group_id in (select staged_samples.group_id from staged_samples where sample_index is null)
+    from held_rollouts
+    where not is_expert
     group by group_id
 ),
 

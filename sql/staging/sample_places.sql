@@ -1,7 +1,7 @@
 -- The index of each staged sample in its group. One that is in the lake keeps the index that it has there, so that
 -- a dump can be imported again; others without an index are counted in their order, past every index that there is.
 -- grain:   group_id, sample
--- inputs:  staged_samples, rollouts
+-- inputs:  staged_samples, held_rollouts
 -- params:  none
 -- columns:
 --   group_id
@@ -34,12 +34,9 @@ copies as (
 
 held as (
     select
-        group_id,
-        sample_index,
-        hash(prompt_ids, completion_ids, reward) as content,
+        *,
         row_number() over (partition by group_id, content order by sample_index) as copy
-    from rollouts
-    where group_id in (select samples.group_id from samples where samples.sample_index is null)
+    from held_rollouts
 ),
 
 last_indices as (

@@ -21,6 +21,7 @@ from nights import ECHOMINE, rows
 
 from flows.cli import main
 from pipeline import schema
+from pipeline.lake import Lake
 
 
 @pytest.fixture
@@ -284,11 +285,7 @@ def test_a_full_disk_costs_nothing_that_was_there(import_dump, tmp_path):
     import_dump(dumps.night())
     lake = tmp_path / "lake"
     before = sorted(path for path in lake.rglob("*.parquet"))
-    random = np.random.default_rng(0)
-    many = [row for i in range(400) for row in dumps.group(f"group {i}", [1.0, 1.0], seed=i)]
-    for row in many:  # too varied to be packed into what is left
-        row["completion_entropies"] = np.float32(random.random(len(row["completion_ids"]))).tolist()
-    dump = dumps.write_jsonl(tmp_path / "big.jsonl", many)
+    dump = dumps.write_jsonl(tmp_path / "big.jsonl", varied(400, seed=0))
     done = limited("import", "rollouts", str(dump), *into(lake), file_bytes=48 * 1024)
     assert done.returncode == 2
     assert done.stdout == ""
@@ -299,6 +296,50 @@ def test_a_full_disk_costs_nothing_that_was_there(import_dump, tmp_path):
     assert rows(lake, "select count(*) as n from rollouts") == [{"n": 6}]
     assert main(["import", "rollouts", str(dump), *into(lake)]) == 0
     assert rows(lake, "select count(*) as n from rollouts") == [{"n": 806}]
+
+
+def varied(num_groups: int, seed: int) -> list[dict[str, Any]]:
+    """Rows of solved groups, each of a prompt of its own, that take their room on a disk."""
+    random, rows = np.random.default_rng(seed), []
+    for i in range(num_groups):
+        for row in dumps.group(f"group {seed}-{i}", [1.0, 1.0], prompt=f"{seed}+{i}"):
+            row["completion_entropies"] = np.float32(random.random(len(row["completion_ids"]))).tolist()
+            rows.append(row)
+    return rows
+
+
+def test_a_disk_that_is_full_for_a_mining_an_export_or_upkeep_costs_nothing(tmp_path, capfd):
+    lake, out = tmp_path / "lake", tmp_path / "out"
+    for seed in (1, 2):
+        dump = dumps.write_jsonl(tmp_path / f"{seed}.jsonl", varied(600, seed))
+        assert main(["import", "rollouts", str(dump), *into(lake)]) == 0
+
+    def fails(*arguments: object) -> None:
+        before = contents(lake)
+        done = limited(*map(str, arguments), "--lake", str(lake), file_bytes=48 * 1024)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+        says(done.stderr, "echomine: Cannot ")
+        assert contents(lake) == before
+
+    fails("mine")
+    assert main(["mine", "--lake", str(lake)]) == 0
+    fails("export", "sft", out)
+    assert not list(out.glob("*/*"))
+    assert main(["export", "sft", str(out), "--lake", str(lake)]) == 0
+    fails("maintain")
+    assert main(["maintain", "--lake", str(lake)]) == 0
+    assert main(["doctor", "--lake", str(lake)]) == 0
+    capfd.readouterr()
+    assert rows(lake, "select count(*) as n from clips") == [{"n": 1200}]
+
+
+def contents(lake: Path) -> tuple[dict[str, int], list[object]]:
+    """Rows by table, and the minings."""
+    with Lake.open(lake).reader() as reader:
+        counts = {
+            table: reader.rows(f"select count(*) as n from lake.{table}")[0]["n"] for table in schema.TABLES
+        }
+        return counts, reader.rows("from mining_runs")
 
 
 def test_a_disk_without_room_for_a_catalog_gets_no_half_a_lake(tmp_path):

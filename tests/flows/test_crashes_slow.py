@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sqlite3
 import time
 from collections.abc import Callable
+from contextlib import closing
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,17 @@ from pipeline.lake import Lake
 pytestmark = pytest.mark.slow
 
 MANY_GROUPS, FEW_GROUPS = 2200, 300  # many: more rollouts than an import commits at once
-VOLATILE = {"created_at", "scored_at", "mining_id", "snapshot", "seconds", "path", "sha256"}
+VOLATILE = {
+    "created_at",
+    "scored_at",
+    "judged_at",
+    "forgotten_at",
+    "mining_id",
+    "snapshot",
+    "seconds",
+    "path",
+    "sha256",
+}
 
 NIGHT = """
 max_prompts = 4
@@ -163,6 +175,8 @@ def test_a_maintenance_that_was_killed_is_finished_by_the_next(killer, fresh, im
 
     def maintained(lake: Path) -> dict[str, list[str]]:
         assert not list(lake.rglob("orphan-*"))
+        with Lake.open(lake).reader() as reader:
+            (_,) = [path for path in reader.data_files() if "/rollouts/" in path]  # merged
         return contents(lake)
 
     survives(killer, 5, fresh(imported), lambda lake: ["maintain", "--lake", lake], maintained)
@@ -175,3 +189,42 @@ def test_a_night_that_was_killed_is_finished_by_the_next(killer, fresh, tmp_path
         return ["nightly", "--config", tmp_path / "night.toml", "--lake", lake]
 
     survives(killer, 3, fresh(), night)
+
+
+@pytest.fixture(scope="module")
+def doubted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mined lake of more rollouts than verdicts are committed at once; half are false."""
+    folder = tmp_path_factory.mktemp("doubted")
+    rows = []
+    for number in range(MANY_GROUPS // 2):
+        rows += dumps.group(f"group {number}", [1.0, 1.0], seed=number)
+        rows += dumps.group(f"untrue {number}", [1.0, 1.0], seed=number, prompt="3+4", ground_truth="7")
+    calm = Killer(0, folder / "log")
+    calm.run(*import_into(folder / "lake", dumps.write_jsonl(folder / "dump.jsonl", rows)))
+    calm.run("mine", "--lake", folder / "lake")
+    return folder / "lake"
+
+
+def test_a_verification_that_was_killed_is_finished_by_the_next(killer, fresh, doubted):
+    def judged(lake: Path) -> dict[str, list[str]]:
+        found = contents(lake)
+        assert len(found["verdicts"]) == 2 * MANY_GROUPS
+        return found
+
+    reverify = ["reverify", "--verifier", "exact", "--lake"]
+    survives(killer, 4, fresh(doubted), lambda lake: [*reverify, lake], judged)
+
+
+def test_a_forgetting_that_was_killed_is_finished_by_the_next(killer, fresh, doubted, tmp_path):
+    prompts = dumps.write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "3+4", "ground_truth": "7"}])
+
+    def forgotten(lake: Path) -> dict[str, list[str]]:
+        files = [str(pq.read_table(path).to_pylist()) for path in lake.rglob("*.parquet")]
+        with closing(sqlite3.connect(lake / "catalog.sqlite")) as catalog:
+            assert not [text for text in (*files, *catalog.iterdump()) if "untrue" in text]
+        found = contents(lake)
+        assert len(found["rollouts"]) == MANY_GROUPS
+        return found
+
+    forget = ["forget", "--prompt", prompts, "--yes", "--lake"]
+    survives(killer, 5, fresh(doubted), lambda lake: [*forget, lake], forgotten)

@@ -12,14 +12,16 @@ from pipeline.lake import Lake
 
 ON_BOTH_CATALOGS = {"test_lake", "test_mine", "test_ingest", "test_set_aside"}
 ON_POSTGRES = {"test_catalog_postgres"}
+SLOWLY_ON_POSTGRES = {"test_maintenance", "test_importing"}  # of their many commits each is a round trip
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "catalog" in metafunc.fixturenames:
         name = metafunc.module.__name__
-        catalogs = ["sqlite"] * (name not in ON_POSTGRES) + ["postgres"] * (
-            name in ON_BOTH_CATALOGS | ON_POSTGRES
-        )
+        catalogs = [pytest.param("sqlite")] * (name not in ON_POSTGRES)
+        if name in ON_BOTH_CATALOGS | ON_POSTGRES | SLOWLY_ON_POSTGRES:
+            marks = [pytest.mark.slow] * (name in SLOWLY_ON_POSTGRES)
+            catalogs.append(pytest.param("postgres", marks=marks))
         metafunc.parametrize("catalog", catalogs)
 
 

@@ -77,12 +77,22 @@ def group_clips(members: list[Row], config: MiningConfig) -> list[Row]:
     return [row | {"group_rank": rank, "step": step} for rank, (row, step) in enumerate(chosen)]
 
 
-def walked(rows: list[Row], config: MiningConfig) -> tuple[Counter[str], Counter[str], list[Row]]:
+def walked(
+    rows: list[Row], config: MiningConfig, lake: list[Row] | None = None
+) -> tuple[Counter[str], Counter[str], list[Row]]:
     """Groups by class, drops by reason, and the kept clips in rank order.
+
+    Args:
+        rows: in the mining's reach, their rewards those that count.
+        lake: all rows, which say what the newest policies are; by default the same.
 
     Raises:
         SeveralKinds: the mining is refused.
     """
+    newest: dict[str, int] = {}
+    for row in lake or rows:
+        if row["origin"] != "expert":
+            newest[row["model"]] = max(row["policy_version"], newest.get(row["model"], 0))
     rows = [row for row in rows if row["origin"] != "expert"]
     groups: dict[str, list[Row]] = {}
     for row in rows:
@@ -98,9 +108,6 @@ def walked(rows: list[Row], config: MiningConfig) -> tuple[Counter[str], Counter
             dropped["unscored"] += 1
         else:
             clips += group_clips(members, config)
-    newest: dict[str, int] = {}
-    for row in rows:
-        newest[row["model"]] = max(row["policy_version"], newest.get(row["model"], 0))
     return Counter(classes.values()), dropped, _kept(clips, newest, config, dropped)
 
 

@@ -15,6 +15,7 @@ from test_lake import data_files, finished, group, groups_in, start
 from pipeline.catalog import load_extension, session
 from pipeline.catalog_postgres import MARKER, postgres_url
 from pipeline.errors import LakeError, QueryError
+from pipeline.forget import forget
 from pipeline.lake import Lake
 from pipeline.rollouts import rollout_table
 
@@ -231,3 +232,8 @@ def test_a_users_query_on_a_locked_down_session_still_reaches_the_catalog(lake: 
         assert reader.select("from __ducklake_metadata_lake.ducklake_data_file").table.num_rows == 1
         with pytest.raises(duckdb.Error):
             reader.connection.execute("from read_csv('/etc/passwd')")
+
+
+def test_no_prompt_is_forgotten_where_the_server_keeps_old_rows(lake: Lake) -> None:
+    with pytest.raises(LakeError, match=r"cannot be forgotten there\. Import its dumps into a new lake"):
+        forget(lake, ["0" * 32])

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +17,7 @@ from flows.cli import main
 from pipeline.doctor import Finding, examine_lake
 from pipeline.lake import Lake
 from pipeline.lake_writer import Writer
+from pipeline.sqlfiles import SQL_FOLDER
 
 SOME_PROMPT = "(select min(prompt_id) from prompts)"
 SOME_CLIP = "(select min(rollout_id) from echo_clips)"
@@ -77,6 +83,22 @@ def test_the_doctor_sees_what_was_broken_and_names_the_cure(
     assert any(cure in text for text in found.values())
 
 
+def test_the_query_that_the_doctor_advises_lists_what_offends(copy: Lake) -> None:
+    change(copy, "update files set num_rows = num_rows + 1 where table_name = 'rollouts'")
+    (finding,) = bad(copy)
+    command = re.search(r"`(echomine sql .+?)` lists them", finding.text)[1]
+    done = subprocess.run(
+        ["sh", "-c", command],
+        cwd=SQL_FOLDER.parent,
+        env=os.environ
+        | {"ECHOMINE_LAKE": str(copy.folder), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert next(copy.files.rglob("rollouts/*.parquet")).name in done.stdout
+
+
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-9])])
 def test_an_export_that_lost_or_changed_a_file_is_named_and_a_deleted_one_is_not(
     copy: Lake, tmp_path, damage
@@ -84,12 +106,13 @@ def test_an_export_that_lost_or_changed_a_file_is_named_and_a_deleted_one_is_not
     shards = tmp_path / "shards" / "export"
     shards.mkdir(parents=True)
     (shards / "clips-00000.parquet").write_bytes(b"what was exported")
-    sha256 = "2bf0d6d4b2d2c0d0"
+    sha256 = hashlib.sha256(b"what was exported").hexdigest()
     change(
         copy,
         f"insert into shards select '{shards}/clips-00000.parquet', mining_id, 1, 1, '{sha256}', now() "
         "from mining_runs",
     )
+    assert bad(copy) == []
     damage(shards / "clips-00000.parquet")
     named = [finding for finding in bad(copy) if finding.name == "shard export/clips-00000.parquet"]
     assert len(named) == 1

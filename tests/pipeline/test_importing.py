@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -63,10 +62,9 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline.imports.batches, "BATCH_ITEMS", 500)
 
 
-def undisturbed(lake: Lake, tmp_path: Path, path: Path) -> dict[str, list[dict[str, Any]]]:
+def undisturbed(tmp_path: Path, path: Path) -> dict[str, list[dict[str, Any]]]:
     """What one import in one part leaves in a lake of its own."""
-    shutil.copytree(lake.folder, tmp_path / "undisturbed")
-    other = Lake.open(tmp_path / "undisturbed")
+    other = Lake.create(tmp_path / "undisturbed")
     done = import_rollouts(other, with_formats([path]), TOKENIZER).rows
     assert done == Ingested(written=GROUPS * GROUP_SIZE - 2, refused=5)
     return contents(other)
@@ -82,7 +80,7 @@ def test_parts_end_in_the_same_rows_as_one(lake: Lake, tmp_path: Path, small_par
         # one of the four was refused; the cut line that names the group says nothing
         assert reader.rows(partly) == [{"group_size": 4, "n": 3}]
     pipeline.imports.staging.PART_BYTES = 48 << 20
-    assert contents(lake) == undisturbed(Lake.create(tmp_path / "empty"), tmp_path, path)
+    assert contents(lake) == undisturbed(tmp_path, path)
     assert list((lake.folder / "staging").iterdir()) == []
 
 
@@ -91,7 +89,7 @@ def test_a_killed_import_run_again_ends_in_the_rows_of_an_undisturbed_one(
     lake: Lake, tmp_path: Path, when: str
 ) -> None:
     path = dump(tmp_path / "dump.jsonl")
-    expected = undisturbed(lake, tmp_path, path)
+    expected = undisturbed(tmp_path, path)
     command = [sys.executable, str(HERE / "import_worker.py"), str(lake.folder), when, str(path)]
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
     left = contents(lake)

@@ -13,11 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 from lake_worker import rollout
 
+from pipeline.checks import run_checks
 from pipeline.config import MaintainConfig, MiningConfig
+from pipeline.doctor import examine_lake
 from pipeline.errors import LakeError
 from pipeline.lake import Lake
 from pipeline.lake_upkeep import delete_orphans, maintained
-from pipeline.maintenance import maintain
+from pipeline.maintenance import maintain, merge_small_files, record_merged_files
 from pipeline.mine import mine
 from pipeline.news import touched_groups
 from pipeline.rollouts import rollout_table
@@ -156,6 +158,36 @@ def test_a_reader_of_an_old_snapshot_reads_on_through_upkeep(lake: Lake) -> None
         assert reader.rows("select count(*) as n, min(group_id) as g from rollouts") == [{"n": 2, "g": "a"}]
     maintain(lake, MaintainConfig(grace_hours=0, retention_days=0))
     assert first not in snapshots_of(lake)
+
+
+def test_a_merge_that_was_killed_before_its_hashes_were_recorded_is_named_and_finished(lake: Lake) -> None:
+    put(lake, *"ab")
+    assert merge_small_files(lake, MaintainConfig()) == 2
+    (finding,) = [finding for finding in examine_lake(lake.folder) if not finding.ok]
+    assert finding.name == "check unrecorded_files"
+    assert "echomine maintain" in finding.text
+    with lake.reader(1) as reader:
+        assert all(check.num_offending == 0 for check in run_checks(reader)), "none was merged by then"
+    assert maintain(lake, MaintainConfig()).hashed_files == 1
+    assert all(finding.ok for finding in examine_lake(lake.folder))
+
+
+def test_a_merged_file_that_is_lost_before_its_hash_was_recorded_is_named(lake: Lake) -> None:
+    put(lake, *"ab")
+    before = files_of(lake)
+    merge_small_files(lake, MaintainConfig())
+    (merged,) = set(files_of(lake)) - set(before)
+    merged.unlink()
+    with pytest.raises(LakeError, match=rf"{merged.name}.*--set-aside"):
+        record_merged_files(lake)
+
+
+def test_upkeep_names_a_night_whose_notes_are_damaged(lake: Lake) -> None:
+    put(lake, "a")
+    (lake.folder / "runs" / "night").mkdir(parents=True)
+    (lake.folder / "runs" / "night" / "run.json").write_text('{"snapshot": 1')
+    with pytest.raises(LakeError, match=r"runs/night/run.json cannot be read: .*backup"):
+        maintain(lake, MaintainConfig())
 
 
 def test_a_damaged_file_is_named_and_not_merged(lake: Lake) -> None:

@@ -6,10 +6,13 @@ import os
 import shutil
 import tempfile
 from collections import Counter
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
+from random import Random
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, Phase, assume, event, given, settings
 from hypothesis import strategies as st
@@ -23,6 +26,7 @@ from pipeline.errors import MiningError
 from pipeline.ingest import ingest
 from pipeline.lake import Lake
 from pipeline.mine import mine
+from pipeline.schema import VERDICTS
 
 MAX_TOKENS = 8
 REWARDS = {
@@ -144,10 +148,10 @@ def split_at(rows: list[Row], delimiter: str) -> list[Row]:
     return [row | {"step_ends": ends(row["completion_ids"])} for row in rows]
 
 
-def mined(lake: Lake, config: MiningConfig) -> tuple[Counter[str], Counter[str], list[Row]]:
+def mined(lake: Lake, config: MiningConfig, **reach: Any) -> tuple[Counter[str], Counter[str], list[Row]]:
     """What SQL gives, in the form of `walked`."""
     try:
-        mining = mine(lake, config, tokenizer=tokenizer)
+        mining = mine(lake, config, tokenizer=tokenizer, **reach)
     except MiningError as error:
         raise SeveralKinds from error
     with lake.reader() as reader:
@@ -209,6 +213,81 @@ def test_sql_and_a_plain_walk_split_at_any_delimiter_whatever_steps_are_stored(
     given_steps = spelled(rows, pieces)
     configs = [config.model_copy(update={"delimiter": delimiter}) for config in configs]
     check(empty, given_steps, configs, split_at(given_steps, delimiter))
+
+
+@settings(SETTINGS, max_examples=4, phases=[Phase.generate, Phase.shrink])
+@given(rows=lakes(), configs=OPTION_SETS, chance=st.randoms(use_true_random=False))
+def test_sql_and_a_plain_walk_see_the_same_of_runs_of_the_news_and_of_verdicts(
+    empty: Path, rows: list[Row], configs: list[MiningConfig], chance: Random
+) -> None:
+    rows = [row | {"run_id": _run(row, chance)} for row in rows]
+    late = {index for index in range(len(rows)) if chance.random() < 0.3}
+    verdicts = {
+        index: chance.choice([0.0, 1.0, row["reward"], None])
+        for index, row in enumerate(rows)
+        if chance.random() < 0.1
+    }
+    counting = [
+        row if verdicts.get(index) is None else row | {"reward": verdicts[index]}
+        for index, row in enumerate(rows)
+    ]
+    news = {
+        row["group_id"]
+        for index, row in enumerate(rows)
+        if index in late or counting[index]["reward"] != row["reward"]
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(empty, Path(folder) / "lake")
+        lake = Lake.open(Path(folder) / "lake")
+        _put(lake, [row for index, row in enumerate(rows) if index not in late])
+        with lake.reader() as reader:
+            before = reader.snapshot
+        _put(lake, [rows[index] for index in sorted(late)])
+        _judge(
+            lake,
+            {(rows[index]["group_id"], rows[index]["sample_index"]): verdicts[index] for index in verdicts},
+        )
+        for config in configs:
+            run = chance.choice([None, rows[0]["run_id"]])
+            since = chance.choice([None, before])
+            reached = [
+                row
+                for row in counting
+                if run in (None, row["run_id"]) and (since is None or row["group_id"] in news)
+            ]
+            reach = {"run_id": run, "since_snapshot": since}
+            try:
+                expected = walked(reached, config, counting)
+            except SeveralKinds:
+                with pytest.raises(SeveralKinds):
+                    mined(lake, config, **reach)
+                continue
+            event(f"mined {'one run' if run else 'all runs'}, {'the news' if since else 'everything'}")
+            assert mined(lake, config, **reach) == expected, (config, reach)
+
+
+def _run(row: Row, chance: Random) -> str:
+    """Of its group, but for some that another run went on with."""
+    return f"run {(int(row['group_id'][1:]) + (chance.random() < 0.1)) % 3}"
+
+
+def _put(lake: Lake, rows: list[Row]) -> None:
+    assert ingest(lake, rows, ["made up"] * len(rows)).written == len(rows)
+
+
+def _judge(lake: Lake, rewards: dict[tuple[str, int], float | None]) -> None:
+    """A second verifier's verdicts, by group and sample."""
+    with lake.reader() as reader:
+        ids = {
+            (row["group_id"], row["sample_index"]): row["rollout_id"]
+            for row in reader.rows("select group_id, sample_index, rollout_id from rollouts")
+        }
+    verdicts = [
+        {"rollout_id": ids[place], "verifier": "second", "verifier_version": "1", "reward": reward}
+        for place, reward in rewards.items()
+    ]
+    now = {"judged_at": datetime.now(UTC)}
+    lake.commit({"verdicts": pa.Table.from_pylist([row | now for row in verdicts], VERDICTS)})
 
 
 @pytest.mark.slow

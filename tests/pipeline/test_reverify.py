@@ -7,12 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from sample_lake import LakeBuilder, SampleLake, overturned
+from sample_lake import LakeBuilder, SampleLake, overturned, prompt_id
 
 from pipeline.config import ExportConfig, MiningConfig, VerifyConfig
 from pipeline.errors import LakeError, VerifierError
 from pipeline.exports.core import export_clips
 from pipeline.exports.shards import SHARDS
+from pipeline.forget import Forgot, forget
 from pipeline.lake import Lake
 from pipeline.mine import mine
 from pipeline.reverify import Reverified, Scope, reverify
@@ -140,3 +141,18 @@ def test_a_verdict_that_restores_a_rollout_restores_its_clip_in_shards_too(tmp_p
     assert load_clips(export.folder, LakeBuilder(tmp_path / "x").tokenizer_hash) == []
     assert reverify(lake, VERIFY, Scope(), TROUBLED).withdrawn_clips == 0
     assert len(load_clips(export.folder, LakeBuilder(tmp_path / "x").tokenizer_hash)) == 1
+
+
+def test_verdicts_on_rollouts_that_are_forgotten_meanwhile_are_not_written(tmp_path: Path) -> None:
+    builder = LakeBuilder(tmp_path / "lake")
+    builder.add_group(["#1", "#2"], [1.0, 1.0])
+    builder.add_group(["#3", "#4"], [1.0, 1.0], question="What is 1+1?")
+    lake = builder.commit()
+    forgotten: list[Forgot] = []
+
+    def forget_first(num_verdicts: int) -> None:  # all are judged by then, and none is committed
+        forgotten.append(forget(Lake.open(lake.folder), [prompt_id("What is 1+1?")]))
+
+    reverify(lake, VERIFY, Scope(), "verifiers_for_tests:nothing_is_right", forget_first)
+    assert [done.rows["rollouts"] for done in forgotten] == [2]
+    assert num(lake, "verdicts") == num(lake, "verdicts semi join rollouts using (rollout_id)") == 2

@@ -11,7 +11,7 @@ from sample_lake import SampleLake
 
 from flows.cli import main
 from pipeline.config import MiningConfig
-from pipeline.errors import ConfigError, NothingToMine
+from pipeline.errors import ConfigError, LakeError, NothingToMine
 from pipeline.lake import Lake
 from pipeline.mine import mine
 from pipeline.what_if import Overlap, Simulation, parse_changes, simulate
@@ -45,6 +45,17 @@ def test_a_wider_scope_finds_the_old_clips_and_new_ones(what_if, sample_lake):
     assert (wider.last.clips, wider.what_if.clips) == (9, 13)
     assert wider.what_if.clip_tokens > wider.last.clip_tokens
     assert state(sample_lake.lake) == before, "nothing was written"
+
+
+def test_a_damaged_file_is_named_and_nothing_is_simulated(sample_lake, tmp_path):
+    shutil.copytree(sample_lake.lake.folder, tmp_path / "lake")
+    copy = Lake.open(tmp_path / "lake")
+    path = next(copy.files.rglob("rollouts/*.parquet"))
+    content = bytearray(path.read_bytes())
+    content[100] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(LakeError, match=rf"{path.name} .*SHA-256 differs.*nothing was mined"):
+        simulate(copy, {"clips_per_group": "4"})
 
 
 def test_a_simulation_finds_what_the_mining_with_its_settings_then_finds(what_if, sample_lake, tmp_path):

@@ -105,14 +105,17 @@ def reader(sample_lake, tmp_path_factory) -> Iterator[Reader]:
         given = "nth, 0 as file, false as is_refused, null::varchar as sample_id"
         staged = f"select {given}, * exclude (nth) from incoming_rollouts"
         reader.materialize("staged_rollouts", staged, {})
-        for stage in ("staged_samples", "sample_places"):
+        for stage in ("staged_samples", "held_rollouts", "sample_places"):
             reader.materialize(stage, (SQL_FOLDER / f"staging/{stage}.sql").read_text(), {})
         reader.materialize_rows("withdrawn", reader.table("select clip_id from withdrawn_clips limit 1"))
         reader.materialize_rows("excluded_prompts", pa.table({"prompt_id": ["none"], "messages": ["none"]}))
         every_run = params(sample_lake) | WHOLE_LAKE
         for stage in STAGES:
             reader.materialize(stage, (SQL_FOLDER / f"mining/{stage}.sql").read_text(), every_run)
-        reader.materialize("new_steps", "select rollout_id, step_ends, step_entropies from successes", {})
+        new_steps = (
+            "select rollout_id, step_ends, step_entropies from rollouts join successes using (rollout_id)"
+        )
+        reader.materialize("new_steps", new_steps, {})
         reader.materialize(
             "dump_rows",
             "select row_number() over () as nth_row, null::varchar as sample_id, group_id, sample_index, "

@@ -53,6 +53,7 @@ def test_an_export_holds_the_clips_in_rank_order_with_their_facts(mined: SampleL
     assert [file.name for file in sorted(export.folder.iterdir())] == [
         "clips-00000.parquet",
         "clips-00001.parquet",
+        "clips.json",
         "manifest.json",
     ]
     manifest = json.loads((export.folder / "manifest.json").read_text())
