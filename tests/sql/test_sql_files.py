@@ -103,7 +103,8 @@ def reader(sample_lake, tmp_path_factory) -> Iterator[Reader]:
         incoming = "select row_number() over () as nth, * replace (reward + 1 as reward) from rollouts"
         reader.materialize("incoming_rollouts", incoming, {})
         given = "nth, 0 as file, false as is_refused, null::varchar as sample_id"
-        staged = f"select {given}, * exclude (nth) from incoming_rollouts"
+        numbered = "if(nth % 2 = 0, sample_index, null) as sample_index"
+        staged = f"select {given}, * exclude (nth) replace ({numbered}) from incoming_rollouts"
         reader.materialize("staged_rollouts", staged, {})
         for stage in ("staged_samples", "held_rollouts", "sample_places"):
             reader.materialize(stage, (SQL_FOLDER / f"staging/{stage}.sql").read_text(), {})
