@@ -58,16 +58,17 @@ def ingest(
     source_of = {id(row): source for row, source in zip(rows, sources, strict=True)}
     prompts_table = prompt_table(prompts) if prompts else None
     table = rollout_table(good)
-    with lake.reader() as reader:
-        reasons = conflicts(reader, table)
-    return ingest_table(
-        lake,
-        table,
-        reasons,
-        lambda row: (source_of[id(good[row])], good[row]),
-        prompts_table,
-        [*refused, *bad],
-    )
+    with lake.alone():  # what is true of the lake at the checks must be true at the commit
+        with lake.reader() as reader:
+            reasons = conflicts(reader, table)
+        return ingest_table(
+            lake,
+            table,
+            reasons,
+            lambda row: (source_of[id(good[row])], good[row]),
+            prompts_table,
+            [*refused, *bad],
+        )
 
 
 def ingest_table(
@@ -78,7 +79,7 @@ def ingest_table(
     prompts: pa.Table | None = None,
     refused: Sequence[Refused] = (),
 ) -> Ingested:
-    """`ingest` of rows that are checked, named and compared with the lake.
+    """`ingest` of rows that are checked, named and compared with the lake, all while it is `alone`.
 
     Args:
         rows: of the schema of `rollouts`.

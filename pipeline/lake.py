@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -204,8 +204,16 @@ class Lake:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """No other writer of this machine commits meanwhile."""
-        with self._lock:
+        """No other writer of this machine commits meanwhile; who is alone may commit.
+
+        Raises:
+            LakeError: the lake cannot be written.
+        """
+        with ExitStack() as turn:
+            try:
+                retried(lambda: turn.enter_context(self._lock))
+            except (OSError, duckdb.Error) as error:
+                raise self._unwritable(error) from error
             yield
 
     def changed(self, change: Callable[[Writer], Result]) -> Result:
@@ -225,7 +233,10 @@ class Lake:
         try:
             return retried(in_turn)
         except (OSError, duckdb.Error) as error:
-            raise LakeError(
-                f"Cannot write to the lake in {self.folder}: {said(error)}. "
-                "Nothing of this commit was kept; mend that and run the command again."
-            ) from error
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: Exception) -> LakeError:
+        return LakeError(
+            f"Cannot write to the lake in {self.folder}: {said(error)}. "
+            "Nothing of this commit was kept; mend that and run the command again."
+        )

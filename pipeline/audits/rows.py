@@ -22,6 +22,7 @@ DUMP_ROWS = pa.schema(
     [
         pa.field("nth_row", pa.int64()),
         pa.field("num_tokens", pa.int64()),
+        pa.field("sample_id", pa.string()),
         *(schema.ROLLOUTS.field(name) for name in _AS_IN_ROLLOUTS),
     ]
 )
@@ -89,6 +90,7 @@ def _reward_row(number: int, row: SourceRow, tokenizer: Any | None) -> dict[str,
         "group_id": group,
         "sample_index": index if is_count(index) else None,
         "reward": float(reward),
+        "sample_id": row.sample_id,
         "num_tokens": _num_tokens(values, tokenizer),
         "group_size": size if is_count(size) else None,
         "origin": values["origin"] if values.get("origin") == "expert" else "policy",

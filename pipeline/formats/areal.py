@@ -36,20 +36,24 @@ def read(path: Path) -> Iterator[SourceRow]:
             return None
         return f"areal/{file}/{task}"
 
-    yield from rollouts(json_lines(path), group, _values, _ASSUMED)
+    yield from rollouts(json_lines(path), group, _values, _ASSUMED, _sample_id)
+
+
+def _sample_id(row: Mapping[str, Any]) -> str | None:
+    index = row.get("sample_idx")
+    return str(index) if is_count(index) else None
 
 
 def _values(row: Mapping[str, Any]) -> dict[str, Any]:
     if row.get("segments"):
         raise FormatError("several sampled turns: `segments` has other tokens between sampled ones")
-    head, index = row.get("head_version"), row.get("sample_idx")
+    head = row.get("head_version")
     # before scaling and clipping, where the dump has both
     reward = row["original_reward"] if row.get("original_reward") is not None else row.get("reward")
     return said(
         {
             "prompt_text": text(row, "prompt"),
             "completion": text(row, "completion"),
-            "sample_index": index if is_count(index) else None,
             "reward": reward,
             # the oldest weights that any of its tokens came from; -1 stands for none
             "policy_version": head if is_count(head) else None,

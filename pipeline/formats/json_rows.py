@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -58,34 +57,30 @@ def rollouts(
     group: Callable[[Mapping[str, Any]], str | None],
     values: Callable[[Mapping[str, Any]], dict[str, Any]],
     assumed: str | None = None,
+    sample_id: Callable[[Mapping[str, Any]], str | None] | None = None,
 ) -> Iterator[SourceRow]:
-    """What `values` makes of each row, numbered within its group in the order they come.
+    """What `values` makes of each row, in the groups that `group` names.
 
-    A row that is refused keeps its place in the group: a rollout that is lost must not make the rest
-    look like a whole group. All have the policy version of the group's first, since trainers that sample
-    while they train mix versions in a group, and a group is of one. Memory grows with the number of groups,
-    not of rows.
+    A row that is refused keeps its group: a rollout that is lost must not make the rest look like a whole
+    group. Samples are not numbered, since a group may go on in another file.
 
     Args:
         group: the group's name; None if the row does not say.
         values: the row in the words of `rollouts`; raises FormatError with the reason it refuses.
         assumed: as in `SourceRow`.
+        sample_id: what the row calls its sample; None if it does not.
     """
-    numbers: Counter[str] = Counter()
-    versions: dict[str, dict[str, Any]] = {}
     for row in rows:
         if row.problem:
             yield row
             continue
         place: dict[str, Any] = {}
+        sample = sample_id(row.values) if sample_id is not None else None
         try:
             name = group(row.values)
             if name is None:
                 raise FormatError("the row does not say which group it belongs to")
-            place = {"group_id": name, "sample_index": numbers[name]}
-            numbers[name] += 1
-            made = place | values(row.values)
-            version = {"policy_version": made.pop("policy_version")} if "policy_version" in made else {}
-            yield SourceRow(row.source, made | versions.setdefault(name, version), assumed=assumed)
+            place = {"group_id": name}
+            yield SourceRow(row.source, place | values(row.values), assumed=assumed, sample_id=sample)
         except FormatError as error:
-            yield SourceRow(row.source, {**row.values, **place}, str(error))
+            yield SourceRow(row.source, {**row.values, **place}, str(error), sample_id=sample)

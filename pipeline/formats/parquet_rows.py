@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,6 +14,8 @@ from pipeline.formats.source_rows import SourceRow
 
 BATCH_BYTES = 16 << 20  # in memory, about; a row group may be larger than memory
 MAX_BATCH_ROWS = 8192
+_WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "FLOAT": 4, "DOUBLE": 8}
+_TEXT_GROWTH = 2  # the same text may stand once for many rows
 
 
 def column_names(path: Path) -> list[str] | None:
@@ -40,17 +43,47 @@ def parquet_tables(path: Path, columns: Collection[str] | None = None) -> Iterat
     Raises:
         FormatError: it is none, cut off, or damaged.
     """
+    with _opened(path) as file:
+        names = file.schema_arrow.names
+        read = None if columns is None else [name for name in names if name in columns]
+        for batch in file.iter_batches(batch_size=_batch_rows(file.metadata), columns=read):
+            yield pa.Table.from_batches([batch])
+
+
+def bytes_in_memory(path: Path) -> int:
+    """About what the rows of a Parquet file take, which encodings and compression make many times smaller.
+
+    Raises:
+        FormatError: it is none, or cut off.
+    """
+    with _opened(path) as file:
+        return sum(map(_group_bytes, _row_groups(file.metadata)))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[pq.ParquetFile]:
     try:
         with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
-            names = file.schema_arrow.names
-            read = None if columns is None else [name for name in names if name in columns]
-            for batch in file.iter_batches(batch_size=_batch_rows(file.metadata), columns=read):
-                yield pa.Table.from_batches([batch])
+            yield file
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: a damaged column name
         raise FormatError(f"{path} is no complete Parquet file: {said(error)}. Copy it again.") from error
 
 
 def _batch_rows(metadata: pq.FileMetaData) -> int:
-    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-    row_bytes = max((g.total_byte_size / g.num_rows for g in groups if g.num_rows), default=1)
-    return int(min(MAX_BATCH_ROWS, max(1, BATCH_BYTES // (2 * row_bytes + 1))))
+    groups = _row_groups(metadata)
+    row_bytes = max((_group_bytes(group) / group.num_rows for group in groups if group.num_rows), default=1)
+    return int(min(MAX_BATCH_ROWS, max(1, BATCH_BYTES // (row_bytes + 1))))
+
+
+def _row_groups(metadata: pq.FileMetaData) -> list[pq.RowGroupMetaData]:
+    return [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+
+
+def _group_bytes(group: pq.RowGroupMetaData) -> int:
+    columns = (group.column(number) for number in range(group.num_columns))
+    return sum(
+        column.num_values * _WIDTHS[column.physical_type]
+        if column.physical_type in _WIDTHS
+        else column.total_uncompressed_size * _TEXT_GROWTH
+        for column in columns
+    )

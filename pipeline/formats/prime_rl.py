@@ -16,7 +16,7 @@ from pipeline.formats.annotations import annotated
 from pipeline.formats.fields import member
 from pipeline.formats.json_rows import first_line_id, first_row, json_lines, rollouts
 from pipeline.formats.source_rows import SourceRow
-from pipeline.formats.traces import is_episode, trace_group, trace_values, traces
+from pipeline.formats.traces import is_episode, trace_group, trace_id, trace_values, traces
 
 NAME = "prime-rl"
 _NO_ROLLOUTS = {
@@ -42,4 +42,5 @@ def read(path: Path) -> Iterator[SourceRow]:
         if name in first and not is_episode(first):
             raise FormatError(f"{path}: {why}. Give traces.jsonl or traces/stream.jsonl.")
     group = partial(trace_group, f"prime-rl/{first_line_id(path)}")
-    yield from rollouts(annotated(path, traces(json_lines(path))), group, trace_values)
+    rows = annotated(path, traces(json_lines(path)))
+    yield from rollouts(rows, group, trace_values, sample_id=trace_id)

@@ -24,17 +24,20 @@ class SourceRow:
             or `prompt_text` (what the model read, tokenized as it stands). The completion is
             `completion_ids`, or the text in `completion`. `ground_truth` and `data_source` go to the prompt.
             What a dump does not say is left out; without a `sample_index` the rows of a group are numbered
-            as they stand in their file.
+            as they come, over all files of an import.
         problem: why the row cannot be read as a rollout; then `values` is what goes to quarantine, and its
             `group_id`, `sample_index` and `origin` still count in the size of the group.
         assumed: what the reader had to assume because the dump does not say it, as one sentence. The user
             is told each such sentence once.
+        sample_id: what the dump calls the sample, if it gives names instead of a `sample_index`: rows of a
+            group with the same name and content are one sample, in however many files they are.
     """
 
     source: str
     values: Mapping[str, Any]
     problem: str | None = None
     assumed: str | None = None
+    sample_id: str | None = None
 
 
 class Format(Protocol):

@@ -63,7 +63,7 @@ def traces(lines: Iterator[SourceRow]) -> Iterator[SourceRow]:
 
 
 def trace_group(file: str, row: Mapping[str, Any]) -> str | None:
-    """The group that the trainer named, or else the task, within its run; each agent has its own.
+    """The group that the trainer named, or else the step and task, within its run; each agent has its own.
 
     Args:
         file: stands for the run where none is named.
@@ -71,11 +71,21 @@ def trace_group(file: str, row: Mapping[str, Any]) -> str | None:
     episode, trace = row["episode"], row["trace"]
     run = _name(member(episode, "run")) or file
     agent = member(trace, "agent").get("name")
-    named = member(episode, "group").get("id") or _task(trace) or _task(episode)
+    named = member(episode, "group").get("id")
+    if not named:
+        named, step = _task(trace) or _task(episode), member(member(episode, "run"), "work").get("step")
+        if named and is_count(step):  # every step may draw the task again
+            named = f"step {step}/{named}"
     if not isinstance(named, str):
         return None
     env = _name(member(episode, "env"))
     return "/".join(name for name in (run, env, named, agent) if isinstance(name, str) and name != "agent")
+
+
+def trace_id(row: Mapping[str, Any]) -> str | None:
+    """The trace's own name, which it keeps in whatever file it is."""
+    found = row["trace"].get("id")
+    return found if isinstance(found, str) else None
 
 
 def _task(row: Mapping[str, Any]) -> str | None:

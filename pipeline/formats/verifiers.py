@@ -27,7 +27,7 @@ from pipeline.formats.fields import (
 )
 from pipeline.formats.json_rows import first_line_id, first_row, json_lines, rollouts
 from pipeline.formats.source_rows import SourceRow
-from pipeline.formats.traces import is_episode, is_trace, trace_group, trace_values, traces
+from pipeline.formats.traces import is_episode, is_trace, trace_group, trace_id, trace_values, traces
 
 NAME = "verifiers"
 
@@ -49,7 +49,8 @@ def read(path: Path) -> Iterator[SourceRow]:
     if _is_output(first_row(path)):
         yield from rollouts(json_lines(path), partial(_group, file), _values)
     else:
-        yield from rollouts(traces(json_lines(path)), partial(trace_group, file), trace_values)
+        group = partial(trace_group, file)
+        yield from rollouts(traces(json_lines(path)), group, trace_values, sample_id=trace_id)
 
 
 def _is_output(row: Mapping[str, Any]) -> bool:

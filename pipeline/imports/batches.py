@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ STAGED = pa.schema(
         *((name, pa.string()) for name in prompt_columns(None)),
         ("file", pa.int32()),
         ("nth", pa.int64()),  # over all files, from 0
+        ("sample_id", pa.string()),  # the dump's, where it has one
         ("source", pa.string()),
         ("is_refused", pa.bool_()),
     ]
@@ -106,7 +107,12 @@ def _batch_of_rows(rows: Sequence[SourceRow], context: ImportContext, file: int,
         if row.problem is not None:
             rest.refuse(number, row.source, row.problem, row.values)
     staged = _staged(columns_of_rows(values), values, [row.source for row in sound], numbers, rest)
-    return _finished(len(rows), staged, rest, file, {row.assumed for row in sound if row.assumed is not None})
+    assumed = {row.assumed for row in sound if row.assumed is not None}
+    batch = _finished(len(rows), staged, rest, file, assumed)
+    ids = pa.array([row.sample_id for row in rows], pa.string())
+    named = ids.take(pa.array(batch.staged["nth"].to_numpy() - first))
+    at = STAGED.get_field_index("sample_id")
+    return replace(batch, staged=batch.staged.set_column(at, STAGED.field(at), named))
 
 
 def _batch_of_table(

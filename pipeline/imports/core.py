@@ -32,7 +32,8 @@ from pipeline.lake_writer import Writer
 from pipeline.rollouts import named
 from pipeline.sqlfiles import sql_file
 
-_PLACE = ("group_id", "sample_index", "group_size", "origin", "file", "nth", "is_refused")
+_GIVEN = ("group_id", "sample_index", "group_size", "policy_version", "origin", "sample_id", "file", "nth")
+_CONTENT = ("is_refused", "prompt_ids", "completion_ids", "reward")
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,8 @@ def import_rollouts(
             _quarantine(lake, refused)
             done = replace(done, rows=done.rows + Ingested(refused=refused.num_rows))
         for part in staging.parts():
-            rows, run_ids = _committed(lake, part)
+            with lake.alone():  # what is true of the lake at the checks must be true at the commit
+                rows, run_ids = _committed(lake, part)
             done = replace(done, rows=done.rows + rows, run_ids=done.run_ids | run_ids)
     return done
 
@@ -151,13 +153,15 @@ def _committed(lake: Lake, part: pa.Table) -> tuple[Ingested, frozenset[str]]:
 
 
 def _placed(reader: Reader, part: pa.Table) -> pa.Table:
-    """The rows that were not refused, group after group, each with its index and its group's size."""
-    reader.materialize_rows("staged_rollouts", part.select(_PLACE))
+    """The rows that were not refused, group after group, each with its place."""
+    reader.materialize_rows("staged_rollouts", part.select([*_GIVEN, *_CONTENT]))
+    for stage in ("staged_samples", "held_rollouts", "sample_places"):
+        reader.materialize(stage, sql_file(f"staging/{stage}"), {})
     places = reader.table(sql_file("staging/group_places"))
     numbers = part["nth"].to_numpy()
     order = np.argsort(numbers)
     part = part.take(order[np.searchsorted(numbers[order], places["nth"].to_numpy())]).combine_chunks()
-    for name in ("sample_index", "group_size"):
+    for name in ("sample_index", "group_size", "policy_version"):
         part = part.set_column(part.column_names.index(name), name, places[name])
     return part
 

@@ -23,12 +23,12 @@ from filelock import FileLock, Timeout
 
 from pipeline import schema
 from pipeline.errors import LakeError
+from pipeline.formats import parquet_rows
 from pipeline.imports.batches import STAGED, Batch
 from pipeline.quarantine import quarantine_table
 
 PART_BYTES = 48 << 20  # of the dumps; as staged rows about as much
 MAX_PARTS = 512  # open files
-PARQUET_GROWTH = 2  # compressed columns in memory
 
 
 class ImportStaging:
@@ -156,5 +156,12 @@ def remove_abandoned(lake: Path) -> int:
 
 
 def bytes_in_memory(files: list[Path]) -> int:
-    """About what the rows of some dumps take."""
-    return sum(path.stat().st_size * (PARQUET_GROWTH if path.suffix == ".parquet" else 1) for path in files)
+    """About what the rows of some dumps take.
+
+    Raises:
+        FormatError: a Parquet file is none, or is cut off.
+    """
+    return sum(
+        parquet_rows.bytes_in_memory(path) if path.suffix == ".parquet" else path.stat().st_size
+        for path in files
+    )

@@ -4,7 +4,7 @@
 -- params:  none
 -- columns:
 --   group_id
---   sample_index   as the dump gives it; where it gives none, the row's number among those
+--   sample_index   as the dump gives it; where it gives none, counted past those in the order of the rows
 --   reward         the task reward
 --   num_tokens     completion tokens, null where the dump does not tell
 --   group_size     rollouts asked for, null where the dump does not tell
@@ -12,16 +12,36 @@
 --   run_id         null: a dump is one run
 with
 
+samples as (
+    select
+        *,
+        coalesce(
+            'index ' || sample_index,
+            -- the same sample may lie in several files
+            'sample ' || sample_id || ' ' || reward,
+            'row ' || nth_row
+        ) as place
+    from dump_rows
+),
+
 placed as (
     select
-        group_id,
-        coalesce(sample_index, row_number() over (partition by group_id order by nth_row)) as sample_index,
-        reward,
-        num_tokens,
-        group_size,
-        origin,
-        nth_row
-    from dump_rows
+        *,
+        min(nth_row) over (partition by group_id, place) as first_row,
+        coalesce(max(sample_index) over (partition by group_id), -1) as last_index
+    from samples
+),
+
+numbered as (
+    select
+        * replace (
+            coalesce(sample_index, last_index + row_number() over (
+                partition by group_id, sample_index is null
+                order by nth_row
+            )) as sample_index
+        )
+    from placed
+    where nth_row = first_row
 )
 
 select
@@ -32,5 +52,4 @@ select
     group_size,
     origin,
     null::varchar as run_id
-from placed
-qualify row_number() over (partition by group_id, sample_index order by nth_row) = 1
+from numbered

@@ -1,24 +1,33 @@
 """A canonical dump of any size, its groups scattered over all of it; and a process that imports one.
 
-`python big_dump.py write FILE MIB` and `python big_dump.py import FILE LAKE`, which prints its peak memory.
+`python big_dump.py write FILE MIB` (of JSONL; a file named .parquet has the same rows) prints the number of
+groups, `python big_dump.py import FILE LAKE` its peak memory in MiB.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import sys
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import pyarrow.json
+import pyarrow.parquet as pq
 
 GROUP_SIZE = 8
 BODIES = 64
 
 
 def write(path: Path, num_mib: int) -> int:
-    """JSONL of about `num_mib` MiB, each rollout another; the number of groups.
+    """A dump, each rollout another; the number of groups.
 
     Row k is a rollout of group k modulo their number: the rows of a group lie as far apart as can be.
+
+    Args:
+        num_mib: its size as JSONL, about; as Parquet it is smaller.
     """
     random = np.random.default_rng(0)
     bodies = []
@@ -31,13 +40,29 @@ def write(path: Path, num_mib: int) -> int:
             f'"completion_entropies": {json.dumps([0.5, *entropies.tolist()])}, "reward": 1.0}}\n'
         )
     num_groups = int(num_mib * 2**20 / np.mean([len(body) for body in bodies])) // GROUP_SIZE
-    with path.open("w") as file:
-        for index in range(GROUP_SIZE):
-            for group in range(num_groups):
-                body = bodies[(group * 7 + index * 13) % BODIES]
-                head = f'{{"group_id": "g{group}", "sample_index": {index}, "prompt_ids": [{group % 90}, 5], '
-                file.write(f'{head}"completion_ids": [{3 + (group + index) % 80}, {body}')
+    lines = (
+        f'{{"group_id": "g{group}", "sample_index": {index}, "prompt_ids": [{group % 90}, 5], '
+        f'"completion_ids": [{3 + (group + index) % 80}, {bodies[(group * 7 + index * 13) % BODIES]}'
+        for index in range(GROUP_SIZE)
+        for group in range(num_groups)
+    )
+    if path.suffix == ".parquet":
+        write_parquet(path, lines)
+    else:
+        with path.open("w") as file:
+            file.writelines(lines)
     return num_groups
+
+
+def write_parquet(path: Path, lines: Iterator[str]) -> None:
+    """The rows of JSONL, in row groups as pyarrow makes them of 8192 rows."""
+    writer = None
+    while chunk := list(islice(lines, 8192)):
+        rows = pyarrow.json.read_json(io.BytesIO("".join(chunk).encode()))
+        writer = writer or pq.ParquetWriter(path, rows.schema)
+        writer.write_table(rows)
+    assert writer is not None
+    writer.close()
 
 
 def import_(path: Path, folder: Path) -> float:

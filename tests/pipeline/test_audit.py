@@ -107,6 +107,13 @@ def test_what_each_rule_misses_and_drops_with_the_tokens_and_the_phantom(tmp_pat
     assert found["TRL, replay buffer"].missed == 1
 
 
+@pytest.mark.parametrize("indices", [[2, None], [None, 2], [None, 0], [1, None]])
+def test_rows_without_an_index_are_counted_past_the_given_ones_and_none_is_lost(tmp_path, indices):
+    given = [row | {"sample_index": i} for row, i in zip(rewards_only(a=[1.0, 0.0]), indices, strict=True)]
+    found = audit([written(tmp_path / "d.jsonl", given)], None, MiningConfig())
+    assert found.classes == {"mixed": ClassFigures(1, 2, None)}
+
+
 def test_incomplete_groups_are_judged_by_no_rule(tmp_path):
     given = [row | {"group_size": 9} for row in rewards_only(lost=[0.7] * 8)] + rewards_only(alone=[0.7])
     found = audit([written(tmp_path / "d.jsonl", given)], None, MiningConfig())

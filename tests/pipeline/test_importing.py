@@ -106,6 +106,30 @@ def test_a_killed_import_run_again_ends_in_the_rows_of_an_undisturbed_one(
     assert list((lake.folder / "staging").iterdir()) == []
 
 
+def test_of_two_imports_at_once_with_other_contents_for_a_place_one_wins(lake: Lake, tmp_path: Path) -> None:
+    processes = []
+    for name, reward in (("a", 1.0), ("b", 0.0)):
+        rows = [
+            {"group_id": "g", "sample_index": index, "prompt_ids": [1], "completion_ids": [50 + index]}
+            | {"completion_entropies": [0.5], "reward": reward if index else 1.0}
+            for index in range(4)
+        ]
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        command = [sys.executable, str(HERE / "import_worker.py"), str(lake.folder), "meeting", str(path)]
+        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+    said = sorted(process.communicate(timeout=120)[0].strip() for process in processes)
+    assert said == ["0 1 3", "4 0 0"]  # written, known, refused
+    with lake.reader() as reader:
+        kept = reader.rows("select sample_index, reward from rollouts order by all")
+        reasons = reader.rows("select reason from quarantine order by all")
+    assert [row["sample_index"] for row in kept] == [0, 1, 2, 3]
+    assert len({row["reward"] for row in kept[1:]}) == 1
+    assert [row["reason"] for row in reasons] == [
+        f"duplicate: sample {index} of group g is there with another content" for index in (1, 2, 3)
+    ]
+
+
 def test_a_running_import_keeps_its_staging_folder(lake: Lake) -> None:
     with pipeline.imports.staging.ImportStaging(lake.folder, 1) as first:
         with pipeline.imports.staging.ImportStaging(lake.folder, 1) as second:
@@ -190,15 +214,18 @@ def test_rollouts_without_entropies_are_counted_by_run(lake: Lake, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_600_mib_of_scattered_groups_are_imported_in_less_than_a_gibibyte(tmp_path: Path) -> None:
-    script, path, target = str(HERE / "big_dump.py"), str(tmp_path / "dump.jsonl"), tmp_path / "lake"
+@pytest.mark.parametrize(("suffix", "num_mib"), [("jsonl", 600), ("parquet", 120)])
+def test_25_million_tokens_of_scattered_groups_are_imported_in_less_than_a_gibibyte(
+    tmp_path: Path, suffix: str, num_mib: int
+) -> None:
+    script, path, target = str(HERE / "big_dump.py"), str(tmp_path / f"dump.{suffix}"), tmp_path / "lake"
 
     def done(*arguments: str) -> float:
         command = [sys.executable, script, *arguments]
         return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
-    num_groups = done("write", path, "600")
-    assert Path(path).stat().st_size > 590 << 20
+    num_groups = done("write", path, "610")
+    assert Path(path).stat().st_size > num_mib << 20
     assert done("import", path, str(target)) < 1024
     with Lake.open(target).reader() as reader:
         groups = reader.rows("select group_size, count(*) as n from groups group by group_size")

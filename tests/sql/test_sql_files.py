@@ -101,8 +101,12 @@ def reader(sample_lake, tmp_path_factory) -> Iterator[Reader]:
         # the lake's rollouts, come again: by name, and with another reward in the same places
         incoming = "select row_number() over () as nth, * replace (reward + 1 as reward) from rollouts"
         reader.materialize("incoming_rollouts", incoming, {})
-        staged = "select nth, 0 as file, false as is_refused, * exclude (nth) from incoming_rollouts"
+        given = "nth, 0 as file, false as is_refused, null::varchar as sample_id"
+        numbered = "if(nth % 2 = 0, sample_index, null) as sample_index"
+        staged = f"select {given}, * exclude (nth) replace ({numbered}) from incoming_rollouts"
         reader.materialize("staged_rollouts", staged, {})
+        for stage in ("staged_samples", "held_rollouts", "sample_places"):
+            reader.materialize(stage, (SQL_FOLDER / f"staging/{stage}.sql").read_text(), {})
         reader.materialize_rows("withdrawn", reader.table("select clip_id from withdrawn_clips limit 1"))
         reader.materialize_rows("excluded_prompts", pa.table({"prompt_id": ["none"], "messages": ["none"]}))
         every_run = params(sample_lake) | WHOLE_LAKE
@@ -114,8 +118,8 @@ def reader(sample_lake, tmp_path_factory) -> Iterator[Reader]:
         reader.materialize("new_steps", new_steps, {})
         reader.materialize(
             "dump_rows",
-            "select row_number() over () as nth_row, group_id, sample_index, reward, group_size, origin, "
-            "len(completion_ids) as num_tokens from rollouts",
+            "select row_number() over () as nth_row, null::varchar as sample_id, group_id, sample_index, "
+            "reward, group_size, origin, len(completion_ids) as num_tokens from rollouts",
             every_run,
         )
         reader.materialize("dump_rollouts", (SQL_FOLDER / "staging/dump_rollouts.sql").read_text(), every_run)

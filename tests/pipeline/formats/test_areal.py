@@ -6,9 +6,20 @@ from pathlib import Path
 
 import pytest
 from foreign_dumps import lines, read, values, write_lines
+from sample_lake import character_tokenizer
+
+from pipeline.imports.core import import_rollouts, with_formats
+from pipeline.lake import Lake
 
 FILE = "areal/5/11.jsonl"
 [ROW, *_] = lines(FILE)
+
+
+def imported(lake: Lake, path: Path, column: str) -> list[int]:
+    """A column of the lake's rollouts, sorted, once the dump is in it."""
+    import_rollouts(lake, with_formats([path]), character_tokenizer())
+    with lake.reader() as reader:
+        return sorted(row[column] for row in reader.rows(f"select {column} from rollouts"))
 
 
 def test_text_versions_and_rewards_come_as_they_stand() -> None:
@@ -17,14 +28,13 @@ def test_text_versions_and_rewards_come_as_they_stand() -> None:
     assert first.source == "11.jsonl:1"
     assert first.values == {
         "group_id": first.values["group_id"],
-        "sample_index": 0,
         "prompt_text": "<|im_start|>user\n2+2?",
         "completion": "4<|im_end|>",
         "reward": 1.0,
         "policy_version": 4,
     }
-    assert (second.values["sample_index"], second.values["reward"]) == (1, 0.0)
-    assert (old.values["reward"], old.values["policy_version"]) == (1.0, 4)
+    assert second.values["reward"] == 0.0
+    assert old.values["reward"] == 1.0
 
 
 def test_the_reward_is_the_one_before_scaling(tmp_path: Path) -> None:
@@ -37,11 +47,11 @@ def test_the_version_is_the_oldest_that_its_tokens_came_from(tmp_path: Path) -> 
     assert values(read("areal", path))[0]["policy_version"] == 2
 
 
-def test_a_group_is_of_one_version_that_of_its_first_sample(tmp_path: Path) -> None:
-    heads = [ROW | {"head_version": head} for head in (4, 6, -1)]
+def test_a_group_is_of_one_version_that_of_its_oldest_sample(lake, tmp_path: Path) -> None:
+    heads = [ROW | {"sample_idx": index, "head_version": head} for index, head in enumerate((6, 4, 5))]
     other = ROW | {"task_id": 12, "head_version": 6}
     path = write_lines(tmp_path / "a.jsonl", [*heads, other])
-    assert [row["policy_version"] for row in values(read("areal", path))] == [4, 4, 4, 6]
+    assert imported(lake, path, "policy_version") == [4, 4, 4, 6]
 
 
 def test_a_version_that_no_token_came_from_is_none(tmp_path: Path) -> None:
@@ -53,9 +63,9 @@ def test_a_trajectory_of_several_segments_is_refused_and_keeps_its_place() -> No
     _, _, turns, after = read("areal", FILE)
     assert turns.problem is not None
     assert turns.problem.startswith("several sampled turns")
-    assert (turns.values["group_id"], turns.values["sample_index"]) == (after.values["group_id"], 2)
+    assert turns.values["group_id"] == after.values["group_id"]
     assert after.values["group_id"].endswith("/11")
-    assert after.values["sample_index"] == 3
+    assert [row.sample_id for row in (turns, after)] == ["2", "3"]
 
 
 @pytest.mark.parametrize(
@@ -73,6 +83,7 @@ def test_a_row_without_its_texts_or_its_group_is_refused(tmp_path: Path, change,
     assert change.items() <= row.values.items()
 
 
-def test_samples_without_a_number_are_numbered_in_their_order(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "a.jsonl", [ROW | {"sample_idx": None}] * 3)
-    assert [row["sample_index"] for row in values(read("areal", path))] == [0, 1, 2]
+def test_samples_are_told_apart_by_their_number_and_those_without_one_by_their_row(lake, tmp_path) -> None:
+    rows = [ROW | {"sample_idx": index} for index in (None, 2, None, 2, 1)]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    assert imported(lake, path, "sample_index") == [0, 1, 2, 3]

@@ -42,7 +42,6 @@ def test_prompt_and_response_are_freed_of_padding_and_of_each_other() -> None:
     )
     assert row.values == {
         "group_id": row.values["group_id"],
-        "sample_index": 0,
         "prompt_ids": [1, 2, 3, 4, 5],
         "completion_ids": [52, 128],
         "completion_entropies": [0.5, 0.75],
@@ -57,7 +56,6 @@ def test_prompt_and_response_are_freed_of_padding_and_of_each_other() -> None:
 def test_samples_of_one_prompt_and_step_are_a_group() -> None:
     rows = values(read("echorl", FILE))
     assert len({row["group_id"] for row in rows}) == 1
-    assert [row["sample_index"] for row in rows] == [0, 1, 2, 3]
     assert [row["reward"] for row in rows] == [1.0, 0.0, 0.0, 1.0]
 
 

@@ -25,7 +25,6 @@ def test_a_target_is_the_completion_of_an_expert() -> None:
     assert row.source == "luffy.parquet:1"
     assert row.values == {
         "group_id": row.values["group_id"],
-        "sample_index": 0,
         "messages": PROMPT,
         "completion": "<think>\nTwo and two.\n</think>\n4",
         "origin": "expert",
@@ -54,7 +53,7 @@ def test_rows_of_a_file_with_the_same_prompt_and_truth_are_a_group(tmp_path: Pat
     other = row | {"reward_model": {"ground_truth": "5"}}
     first, second, third = values(read("luffy", written(tmp_path, row, row, other)))
     assert first["group_id"] != read("luffy", FILE)[0].values["group_id"]
-    assert (second["group_id"], second["sample_index"]) == (first["group_id"], 1)
+    assert second["group_id"] == first["group_id"]
     assert third["group_id"] != first["group_id"]
 
 

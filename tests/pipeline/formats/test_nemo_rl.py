@@ -15,7 +15,6 @@ def test_padding_goes_and_the_mask_tells_the_completion() -> None:
     first, second, _, overlong, other = read("nemo-rl", FILE)
     assert first.values == {
         "group_id": first.values["group_id"],
-        "sample_index": 0,
         "prompt_ids": [1, 2, 3, 4, 5],
         "completion_ids": [52, 128],
         "completion_logprobs": [-0.125, -0.125],
@@ -31,7 +30,6 @@ def test_samples_of_one_prompt_and_step_are_a_group_and_another_step_is_another(
     rows = read("nemo-rl", FILE)
     groups = [row.values["group_id"] for row in rows]
     assert groups[0] == groups[1] == groups[2] == groups[3] != groups[4]
-    assert [row.values["sample_index"] for row in rows] == [0, 1, 2, 3, 0]
     (later,) = read("nemo-rl", "nemo_rl/train_data_step13.jsonl")
     assert later.values["group_id"] != groups[0]
 
@@ -42,9 +40,9 @@ def test_with_dynamic_sampling_the_filtered_rewards_are_those_of_the_rows() -> N
 
 
 def test_several_turns_are_refused_and_keep_their_place_in_the_group() -> None:
-    turns = read("nemo-rl", FILE)[2]
+    first, _, turns, *_ = read("nemo-rl", FILE)
     assert turns.problem == "several sampled turns: `token_loss_mask` has other tokens between sampled ones"
-    assert turns.values["sample_index"] == 2
+    assert turns.values["group_id"] == first.values["group_id"]
 
 
 def test_a_sample_that_the_trainer_left_out_counts_as_cut_off() -> None:

@@ -80,11 +80,8 @@ def test_what_is_no_scored_single_turn_of_the_policy_is_refused_in_plain_words()
         "the agent is not trained: its tokens are not the policy's",
         "the episode has no trace",
     ]
-    places = [(row.values["group_id"].partition("/sums/")[2], row.values["sample_index"]) for row in rows[:8]]
-    assert places == [
-        *[("g1", 0), ("g1", 1), ("g1", 2), ("g2", 0), ("g2", 1), ("g3", 0)],
-        *[("g4/solver", 0), ("g4/judge", 0)],
-    ]
+    groups = [row.values["group_id"].partition("/sums/")[2] for row in rows[:8]]
+    assert groups == ["g1", "g1", "g1", "g2", "g2", "g3", "g4/solver", "g4/judge"]
     assert "group_id" not in rows[8].values
     assert rows[7].source == "traces.jsonl:7 trace 2"
 

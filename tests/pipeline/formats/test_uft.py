@@ -16,7 +16,6 @@ def test_the_pieces_of_a_hint_are_the_completion_of_an_expert() -> None:
     assert row.source == "uft.parquet:1"
     assert row.values == {
         "group_id": row.values["group_id"],
-        "sample_index": 0,
         "prompt_text": "2+2?",
         "completion": "Two and two\nis 4.",
         "origin": "expert",

@@ -15,7 +15,6 @@ def test_a_trace_of_an_evaluation_is_a_rollout() -> None:
     row = read("verifiers", "verifiers/traces.jsonl")[0].values
     assert row == {
         "group_id": "eval-1/sums/sum-7",
-        "sample_index": 0,
         "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"}],
         "prompt_ids": [1, 2, 3, 4, 5],
         "completion_ids": [52, 128],
@@ -38,7 +37,7 @@ def test_a_trace_of_an_evaluation_is_a_rollout() -> None:
 
 def test_a_trace_without_tokens_comes_as_text() -> None:
     row = read("verifiers", "verifiers/traces.jsonl")[1].values
-    assert (row["completion"], row["messages"][1]["content"], row["sample_index"]) == ("4", "2+2?", 1)
+    assert (row["completion"], row["messages"][1]["content"]) == ("4", "2+2?")
     assert not {"completion_ids", "prompt_ids", "completion_logprobs"} & row.keys()
 
 
@@ -57,7 +56,6 @@ def test_an_old_output_without_tokens_comes_as_text() -> None:
     first, cut_off, *_ = read("verifiers", TEXT)
     assert first.values == {
         "group_id": first.values["group_id"],
-        "sample_index": 0,
         "messages": [{"role": "user", "content": "2+2?"}],
         "completion": "4",
         "reward": 1.0,
@@ -80,7 +78,7 @@ def test_old_outputs_that_are_no_single_turn_or_have_no_verdict_are_refused() ->
         "the rollout failed: ValueError",
         "the rollout did not complete, so its reward says nothing",
     ]
-    assert [row.values["sample_index"] for row in read("verifiers", TEXT)] == [0, 1, 2, 3, 4]
+    assert len({row.values["group_id"] for row in read("verifiers", TEXT)}) == 1
 
 
 def test_an_old_trajectory_of_one_turn_has_tokens_and_logprobs() -> None:
