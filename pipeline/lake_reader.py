@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import duckdb
@@ -87,12 +88,17 @@ class Reader:
             statement = self._unmade.pop(name, None)
             if statement is None:
                 continue
-            if name == "judged_rollouts" and not self.rows("select 1 from verdicts limit 1"):
+            if name == "judged_rollouts" and not self.has_verdicts:
                 # joining every rollout with no verdict would read all their ids
                 self.connection.execute("create or replace temp view judged_rollouts as from rollouts")
             else:
                 self._make(relations_of(statement))
                 self.connection.execute(statement)
+
+    @cached_property
+    def has_verdicts(self) -> bool:
+        """Whether any rollout was judged again."""
+        return "verdicts" in self.tables and bool(self.rows("select 1 from verdicts limit 1"))
 
     def _add_later_tables(self) -> None:
         """Tables that came after this snapshot are empty in it."""

@@ -210,13 +210,11 @@ def _newest(lake: Lake, reader: Reader, snapshot: int | None) -> AbstractContext
 
 
 def _recorded(newest: Reader, mining_id: str) -> Mining | None:
-    # one whose clips were lost with a data file is mined again
-    rows = newest.rows(
-        "select * from mining_runs where mining_id = $id "
-        "and num_clips <= (select count(*) from echo_clips where mining_id = $id)",
-        {"id": mining_id},
-    )
+    rows = newest.rows("select * from mining_runs where mining_id = $id", {"id": mining_id})
     if not rows:
         return None
     row = rows[0]
+    held = newest.rows("select count(*) as n from echo_clips where mining_id = $id", {"id": mining_id})
+    if held[0]["n"] < row["num_clips"]:  # lost with a data file; mined again they come back
+        return None
     return Mining(mining_id, row["snapshot"], dict(row["groups"]), row["num_clips"], dict(row["dropped"]))

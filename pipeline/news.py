@@ -20,12 +20,13 @@ _INSERTED = """
 # The same rows, but for those that were replaced or lost since; every data file is opened.
 _STANDING = "select distinct group_id, run_id from rollouts where snapshot_id > $since"
 
-_SET_ASIDE = """
-    select count(*) as n
-    from __ducklake_metadata_lake.ducklake_data_file as data
-    join quarantine on quarantine.source = 'files/main/rollouts/' || parse_filename(data.path)
-    where data.end_snapshot <= $last and coalesce(data.partial_max, data.begin_snapshot) > $since
+# Of files that came since, those that are gone again: replaced, merged away or set aside.
+_ENDED = """
+    select 'files/main/rollouts/' || parse_filename(path) as path
+    from __ducklake_metadata_lake.ducklake_data_file
+    where end_snapshot <= $last and coalesce(partial_max, begin_snapshot) > $since
 """
+_SET_ASIDE = "select 1 from quarantine where list_contains($paths, source) limit 1"
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ def _news(reader: Reader, since: int) -> pa.Table:
             f"{left['oldest']}. Give a later --since-snapshot, or mine without it."
         )
     params = {"first": left["first"], "last": reader.snapshot, "since": since}
-    incomplete = reader.rows(_SET_ASIDE, params)[0]["n"]
+    ended = [row["path"] for row in reader.rows(_ENDED, params)]
+    incomplete = ended and reader.rows(_SET_ASIDE, {"paths": ended})
     rollouts = reader.table(_STANDING if incomplete else _INSERTED, params)
     if not _has_verdicts(reader, since):  # the rollouts of all runs are compared only where there are any
         return rollouts
@@ -91,6 +93,6 @@ def _news(reader: Reader, since: int) -> pa.Table:
 
 
 def _has_verdicts(reader: Reader, since: int) -> bool:
-    """Whether rollouts were judged again after `since`. Snapshots of old lakes have no such table."""
+    """Whether rollouts were judged again after `since`."""
     judged = "select 1 from verdicts where reward is not null and snapshot_id > $since limit 1"
-    return "verdicts" in reader.tables and bool(reader.rows(judged, {"since": since}))
+    return reader.has_verdicts and bool(reader.rows(judged, {"since": since}))
