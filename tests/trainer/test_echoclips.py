@@ -106,7 +106,7 @@ def test_a_newer_format_is_refused(tmp_path):
     export_arith_shards(tmp_path / "lake", tmp_path / "shards")
     path = newest_manifest(tmp_path / "shards")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 99}))
-    with pytest.raises(FormatError, match="has format 99. Update EchoMine"):
+    with pytest.raises(FormatError, match=r"has format 99\. Update EchoMine"):
         EchoClips(tmp_path / "shards", load_tokenizer(model_folder("arith")))
 
 
