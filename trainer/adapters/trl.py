@@ -80,5 +80,5 @@ def check_whole_weights(distributed: DistributedType) -> None:
     if distributed in SPLIT_WEIGHTS:
         raise ConfigError(
             f"EchoGRPOTrainer needs whole weights in every process, and {distributed.value} splits them. "
-            "Run it on one process, or train with `echomine train`."
+            "Run it without."
         )
