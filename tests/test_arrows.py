@@ -59,6 +59,10 @@ def test_vllm_is_imported_in_engines_only() -> None:
     assert all(path.startswith("pipeline/engines/") for path in importers("vllm"))
 
 
+def test_trl_is_imported_by_its_adapter_only() -> None:
+    assert importers("trl") == {"trainer/adapters/trl.py"}
+
+
 @pytest.mark.parametrize(
     ("above", "below"), [("trainer", "pipeline/"), ("flows", "pipeline/"), ("flows", "trainer/")]
 )

@@ -1,16 +1,25 @@
 """Clips for a loop of one's own."""
 
+import json
+from collections import Counter
+
 import pytest
 import torch
+from arith_shards import export_arith_shards
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.config import ExportConfig
+from pipeline.errors import ConfigError, FormatError
 from pipeline.exports.core import export_clips
+from pipeline.exports.manifest import newest_manifest
 from pipeline.exports.shards import SHARDS
 from pipeline.lake import Lake
+from pipeline.models import model_folder
 from pipeline.shards import UnknownTokenizer
+from pipeline.tokenization import load_tokenizer
+from pipeline.withdrawal import NOTICE
 from trainer.echoclips import EchoClips
-from trainer.learner import mean_clip_loss
+from trainer.learner import backward_clips, mean_clip_loss
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +54,60 @@ def test_the_loss_of_all_clips_is_their_mean_loss_and_falls_when_trained_on(shar
         clips.loss(model).backward()
         optimizer.step()
     assert clips.loss(model) < before
+
+
+def test_the_gradient_is_that_of_our_own_trainers_term(shards, sample_lake, model):
+    clips = EchoClips(shards, sample_lake.tokenizer, clips_per_step=1000)
+    clips.loss(model).backward()
+    gradients = {name: value.grad.clone() for name, value in model.named_parameters()}
+    model.zero_grad()
+    backward_clips(model, clips.clips, 1.0, 50)  # several micro-batches
+    for name, value in model.named_parameters():
+        torch.testing.assert_close(gradients[name], value.grad, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_a_newer_export_takes_over_where_an_epoch_ends(tmp_path):
+    export_arith_shards(tmp_path / "old", tmp_path / "shards")
+    clips = EchoClips(tmp_path / "shards", load_tokenizer(model_folder("arith")), clips_per_step=2)
+    old = {clip.clip_id for clip in clips.clips}
+    first = clips.next_batch()
+    export_arith_shards(tmp_path / "new", tmp_path / "shards", ("20+22", "10+32"))
+    assert {clip.clip_id for clip in first + clips.next_batch()} == old, "the epoch is dealt to its end"
+    new = {clip.clip_id for clip in clips.next_batch()}
+    assert len(new) == 2
+    assert not new & old
+    assert {clip.clip_id for clip in clips.next_batch()} == new
+
+
+def test_without_a_newer_export_the_order_goes_on(tmp_path):
+    export_arith_shards(tmp_path / "lake", tmp_path / "shards")
+    clips = EchoClips(tmp_path / "shards", load_tokenizer(model_folder("arith")), clips_per_step=3)
+    dealt = [clip.clip_id for _ in range(8) for clip in clips.next_batch()]
+    assert set(Counter(dealt).values()) == {6}
+    epochs = {tuple(dealt[start : start + 4]) for start in range(0, 24, 4)}
+    assert len(epochs) > 1, "each epoch is shuffled anew"
+
+
+def test_a_clip_that_was_withdrawn_is_dealt_no_more_after_the_epoch(tmp_path):
+    export_arith_shards(tmp_path / "lake", tmp_path / "shards")
+    clips = EchoClips(tmp_path / "shards", load_tokenizer(model_folder("arith")), clips_per_step=4)
+    withdrawn = clips.next_batch()[0].clip_id
+    notice = {"overturned": [withdrawn]}
+    (newest_manifest(tmp_path / "shards").parent / NOTICE).write_text(json.dumps(notice))
+    assert withdrawn not in {clip.clip_id for _ in range(3) for clip in clips.next_batch()}
+
+
+def test_less_than_one_clip_per_step_is_refused(shards, sample_lake):
+    with pytest.raises(ConfigError, match="0 EchoClips per step"):
+        EchoClips(shards, sample_lake.tokenizer, clips_per_step=0)
+
+
+def test_a_newer_format_is_refused(tmp_path):
+    export_arith_shards(tmp_path / "lake", tmp_path / "shards")
+    path = newest_manifest(tmp_path / "shards")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 99}))
+    with pytest.raises(FormatError, match=r"has format 99\. Update EchoMine"):
+        EchoClips(tmp_path / "shards", load_tokenizer(model_folder("arith")))
 
 
 def test_the_same_seed_deals_the_same_clips(shards, sample_lake, model):

@@ -1,0 +1,39 @@
+"""The examples of docs/trainer.md, run as they stand there."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from arith_shards import export_arith_shards
+
+from pipeline.models import PROJECT
+
+EXAMPLES = re.findall(r"```python\n(.*?)```", (PROJECT / "docs" / "trainer.md").read_text(), re.DOTALL)
+LOOP, TRL = EXAMPLES
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Where the paths of the examples are."""
+    export_arith_shards(tmp_path / "lake", tmp_path / "data" / "shards")
+    (tmp_path / "data" / "arith").symlink_to(PROJECT / "data" / "arith")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("folder")
+def test_the_loop_of_the_page_takes_steps_on_all_clips():
+    names = {}
+    exec(LOOP, names)
+    assert names["loss"].item() > 0
+    assert {int(state["step"]) for state in names["optimizer"].state.values()} == {3}
+    assert len(names["clips"].next_batch()) == 4
+
+
+@pytest.mark.usefixtures("folder")
+def test_the_trl_example_of_the_page_trains_ten_steps_and_logs_echo_loss():
+    names = {}
+    exec(TRL, names)
+    logged = [line for line in names["trainer"].state.log_history if "echo_loss" in line]
+    assert [line["step"] for line in logged] == list(range(1, 11))
+    assert all(line["echo_loss"] > 0 for line in logged)

@@ -1,0 +1,1 @@
+"""EchoClips in other people's trainers. Each module imports its own library, and nothing else here does."""
