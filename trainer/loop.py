@@ -75,8 +75,7 @@ def train(
 ) -> TrainingResult:
     """Train the model in place for `config.optim_steps`, and leave `folder/checkpoint` and `metrics.jsonl`.
 
-    Killed and called again with the same arguments, it goes on from the newest state in `folder/states`, and
-    hands out again what came after that.
+    Killed and called again, it goes on from the newest state in `folder/states`, handing out what came after.
 
     Each batch of `prompts_per_step` groups is sampled from the model as it stands, judged, handed out, and
     learned from in `updates_per_batch` AdamW steps, each beside the clips that are due. A step takes a prompt
@@ -96,8 +95,7 @@ def train(
 
     Raises:
         ConfigError: there are neither prompts nor clips, an option would have no effect, the objective
-            learns from experts and there are none, or the folder cannot be written, or holds the states
-            of another training.
+            learns from experts and there are none, or the folder cannot be written or is another training's.
         ModelError: three steps in a row had a loss or gradient that is not finite (the model keeps the last
             good step's weights), the model's logits are not plain, or the checkpoint cannot be written.
         FormatError: a clip does not fit the model.
@@ -114,8 +112,7 @@ def train(
     finds = OnlineClips(tokenizer, hashed, rules, config.group_size, training_id)
     schedule = ClipSchedule(() if config.echo_source == "online" else clips, config)
     optimizer = MasterAdamW(policy_model, config.lr, config.weight_decay, config.max_grad_norm)
-    guard = Guard(folder, training_id)
-    updater = Updater(policy_model, config, sampling.temperature, optimizer, guard)
+    updater = Updater(policy_model, config, sampling.temperature, optimizer, Guard(folder, training_id))
     named = identity(policy_model, hashed, training_id, config, sampling, rules, prompts, clips, known)
     training = _Training(
         config,
@@ -126,7 +123,7 @@ def train(
         schedule,
         None if config.echo_source == "shards" else finds,
         updater,
-        Resumption(folder / "states", named, config, source, schedule, guard, optimizer),
+        Resumption(folder / "states", named, source, schedule, updater),
         on_clip_uses,
     )
     echo_before = learner.mean_clip_loss(policy_model, clips, config.batch_tokens)

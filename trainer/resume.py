@@ -14,11 +14,10 @@ from pipeline.experts import Expert
 from pipeline.hashing import content_id
 from pipeline.records import Prompt
 from trainer.clip_schedule import ClipSchedule
-from trainer.guard import Guard
 from trainer.metrics import StepMetrics
-from trainer.optimizer import MasterAdamW
 from trainer.run_state import RunState, newest_state, save_state
 from trainer.sampling import RolloutSource
+from trainer.update import Updater
 
 if TYPE_CHECKING:
     from pipeline.shards import Clip
@@ -36,11 +35,9 @@ class Resumption:
 
     folder: Path
     identity: Mapping[str, str]
-    config: TrainConfig
     source: RolloutSource
     schedule: ClipSchedule
-    guard: Guard
-    optimizer: MasterAdamW
+    updater: Updater
     _last_saved: int = field(default=0, init=False)
 
     def restore(self, policy_version: int) -> tuple[list[StepMetrics], int]:
@@ -51,13 +48,13 @@ class Resumption:
         """
         state = newest_state(self.folder, self.identity)
         if state is None:
-            self.guard.begin(0)
+            self.updater.guard.begin(0)
             return [], policy_version
-        self.optimizer.restore(state.tensors)
+        self.updater.optimizer.restore(state.tensors)
         self.source.restore(state.parts["rollouts"])
         self.schedule.restore(state.parts["clips"])
         self._last_saved = len(state.steps)
-        self.guard.begin(self._last_saved, **state.parts["guard"])
+        self.updater.guard.begin(self._last_saved, **state.parts["guard"])
         return state.steps, state.policy_version
 
     def save_if_due(self, steps: Sequence[StepMetrics], policy_version: int) -> None:
@@ -66,16 +63,16 @@ class Resumption:
         Raises:
             ModelError: the state cannot be written.
         """
-        every = self.config.checkpoint_every
+        every = self.updater.config.checkpoint_every
         if not every or len(steps) - self._last_saved < every:
             return
         parts: dict[str, dict[str, Any]] = {
             "rollouts": self.source.state(),
             "clips": self.schedule.state(),
-            "guard": self.guard.state(),
+            "guard": self.updater.guard.state(),
         }
-        state = RunState(policy_version, list(steps), parts, self.optimizer.state())
-        save_state(self.folder, self.identity, state, self.config.keep_checkpoints)
+        state = RunState(policy_version, list(steps), parts, self.updater.optimizer.state())
+        save_state(self.folder, self.identity, state, self.updater.config.keep_checkpoints)
         self._last_saved = len(steps)
 
 
