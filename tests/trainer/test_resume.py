@@ -14,15 +14,15 @@ from pipeline.config import TrainConfig
 from pipeline.errors import ConfigError
 
 BASE = {
-    "optim_steps": 7, "prompts_per_step": 2, "group_size": 4, "lr": 3e-3, "echo_weight": 0.1, "batch_tokens": 60,
-    "seed": 5, "checkpoint_every": 2,
+    "optim_steps": 7, "prompts_per_step": 4, "group_size": 2, "lr": 3e-3, "echo_weight": 0.1,
+    "batch_tokens": 60, "seed": 5, "checkpoint_every": 2,
 }  # fmt: skip
 OF_SHARDS = BASE | {"clips_per_step": 4}
 CASES = {
     "clips of shards": OF_SHARDS,
     "clips of shards that retire": OF_SHARDS
     | {"max_clip_uses": 2, "retire_below_loss": 2.0, "weight_decay": 0.1},
-    "clips of its own batches, two updates each": BASE | {"echo_source": "online", "updates_per_batch": 2},
+    "both, two updates for each batch": OF_SHARDS | {"echo_source": "both", "updates_per_batch": 2},
     "both, dynamic sampling": OF_SHARDS | {"echo_source": "both", "objective": "dapo", "max_clip_uses": 3},
 }
 KILLS = [
