@@ -182,6 +182,14 @@ class TrainConfig(ObjectiveConfig):
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
     batch_tokens: int = Field(16384, ge=1, description="padded tokens in one forward pass")
     seed: int = Field(0, ge=0, description="order of prompts and clips, and on-policy noise")
+    checkpoint_every: int = Field(
+        10, ge=0, description="optimizer steps between states that a killed training goes on from; 0: none"
+    )
+    keep_checkpoints: int = Field(2, ge=1, description="so many of these states are kept, the last ones")
+
+    def of_steps(self) -> dict[str, Any]:
+        """What decides the steps, as JSON values: not how often and how many states are kept."""
+        return self.model_dump(mode="json", exclude={"checkpoint_every", "keep_checkpoints"})
 
     def of_model(self, name: str) -> TrainConfig:
         """With the λ of the model of this name, if `echo_weights` has one."""

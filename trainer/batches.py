@@ -28,6 +28,24 @@ def step_batches(num_items: int, per_step: int, seed: int, stream: int) -> Itera
         queue = queue[size:]
 
 
+class Cursor:
+    """A place in an order without end, to which another cursor of the same order can go."""
+
+    def __init__(self, order: Iterator[list[int]]) -> None:
+        self._order = order
+        self.position = 0
+
+    def take(self) -> list[int]:
+        """The next batch."""
+        self.position += 1
+        return next(self._order)
+
+    def go_to(self, position: int) -> None:
+        """Pass over what lies before `position`."""
+        while self.position < position:
+            self.take()
+
+
 def micro_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     """Row indices cut into forward passes of at most `batch_tokens` padded tokens each.
 

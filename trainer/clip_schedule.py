@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config import TrainConfig
-from trainer.batches import step_batches
+from trainer.batches import Cursor, step_batches
 
 if TYPE_CHECKING:
     from pipeline.shards import Clip
@@ -29,7 +29,7 @@ class ClipSchedule:
 
     def __init__(self, clips: Sequence[Clip], config: TrainConfig) -> None:
         self._clips, self._config = clips, config
-        self._order = step_batches(len(clips), config.clips_per_step, config.seed, CLIP_STREAM)
+        self._order = Cursor(step_batches(len(clips), config.clips_per_step, config.seed, CLIP_STREAM))
         self._waiting: deque[int] = deque()
         self._uses: Counter[str] = Counter()
         self._learned: set[str] = set()
@@ -47,7 +47,7 @@ class ClipSchedule:
         again: list[int] = []
         while len(dealt) < wanted:
             if not self._waiting:
-                self._waiting.extend(next(self._order))
+                self._waiting.extend(self._order.take())
             index = self._waiting.popleft()
             if index in dealt:
                 again.append(index)  # its next turn came within this step
@@ -72,6 +72,23 @@ class ClipSchedule:
     def num_retired(self, policy_version: int) -> int:
         """How many of the shards' clips are not due."""
         return sum(not self._is_due(clip, policy_version) for clip in self._clips)
+
+    def state(self) -> dict[str, Any]:
+        """What must be kept to go on, as JSON values."""
+        return {
+            "position": self._order.position,
+            "waiting": list(self._waiting),
+            "uses": dict(self._uses),
+            "learned": sorted(self._learned),
+            "num_uses": self.num_uses,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on where a schedule was, of the same clips and config."""
+        self._order.go_to(state["position"])
+        self._waiting = deque(state["waiting"])
+        self._uses, self._learned = Counter(state["uses"]), set(state["learned"])
+        self.num_uses = state["num_uses"]
 
     def _is_due(self, clip: Clip, policy_version: int) -> bool:
         config = self._config

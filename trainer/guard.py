@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,7 +29,17 @@ class Guard:
     def __init__(self, folder: Path, training_id: str) -> None:
         self._folder, self._training_id = folder / "skipped", training_id
         self._in_a_row = 0
-        shutil.rmtree(self._folder, ignore_errors=True)  # of a training that was cut off and begins again
+
+    def begin(self, optim_step: int, in_a_row: int = 0) -> None:
+        """Begin or go on at a step: what a training that was cut off skipped from there on is removed."""
+        self._in_a_row = in_a_row
+        for path in self._folder.glob("step-*"):
+            if path.stem >= _name(optim_step):
+                path.unlink(missing_ok=True)
+
+    def state(self) -> dict[str, int]:
+        """What must be kept to go on: arguments of `begin`."""
+        return {"in_a_row": self._in_a_row}
 
     def refuses(
         self, optim_step: int, losses: dict[str, float], batch: RolloutBatch, clips: Sequence[Clip]
@@ -59,7 +68,7 @@ class Guard:
     def _save(
         self, optim_step: int, losses: dict[str, float], batch: RolloutBatch, clips: Sequence[Clip]
     ) -> Path:
-        path = self._folder / f"step-{optim_step:06d}.safetensors"
+        path = self._folder / f"{_name(optim_step)}.safetensors"
         facts = {
             "training_id": self._training_id,
             "optim_step": optim_step,
@@ -76,6 +85,10 @@ class Guard:
                 "Free space or permit writing there, and train again."
             ) from None
         return path
+
+
+def _name(optim_step: int) -> str:
+    return f"step-{optim_step:06d}"
 
 
 def _tensors(batch: RolloutBatch, clips: Sequence[Clip]) -> dict[str, NDArray[np.generic]]:

@@ -25,6 +25,7 @@ from trainer.guard import Guard
 from trainer.metrics import StepMetrics, TrainingResult, open_metrics, write_metrics
 from trainer.online import OnlineClips
 from trainer.optimizer import MasterAdamW
+from trainer.resume import Resumption, identity
 from trainer.rollout_batch import RolloutBatch, Rollouts, rollout_batch
 from trainer.sampling import Judge, OnRollouts, RolloutSource
 from trainer.step_metrics import step_metrics
@@ -50,6 +51,7 @@ class _Training:
     schedule: ClipSchedule
     online: OnlineClips | None
     updater: Updater
+    resumption: Resumption
     on_clip_uses: OnClipUses
 
 
@@ -73,6 +75,8 @@ def train(
 ) -> TrainingResult:
     """Train the model in place for `config.optim_steps`, and leave `folder/checkpoint` and `metrics.jsonl`.
 
+    Killed and called again, it goes on from the newest state in `folder/states`, handing out what came after.
+
     Each batch of `prompts_per_step` groups is sampled from the model as it stands, judged, handed out, and
     learned from in `updates_per_batch` AdamW steps, each beside the clips that are due. A step takes a prompt
     or clip once at most. Without clips this is the objective alone, without prompts supervised learning on
@@ -91,7 +95,7 @@ def train(
 
     Raises:
         ConfigError: there are neither prompts nor clips, an option would have no effect, the objective
-            learns from experts and there are none, or the folder cannot be written.
+            learns from experts and there are none, or the folder cannot be written or is another training's.
         ModelError: three steps in a row had a loss or gradient that is not finite (the model keeps the last
             good step's weights), the model's logits are not plain, or the checkpoint cannot be written.
         FormatError: a clip does not fit the model.
@@ -102,22 +106,24 @@ def train(
     torch.manual_seed(config.seed)
     policy_model.train(False)  # dropout would set the learner's log-probs apart from the sampler's
     check_head(policy_model)
-    rules = rules or MiningConfig()
-    source = RolloutSource(
-        engine, prompts, experts or {}, config, sampling, rules, judge, on_rollouts, training_id
-    )
-    finds = OnlineClips(tokenizer, tokenizer_hash(tokenizer), rules, config.group_size, training_id)
+    rules, known = rules or MiningConfig(), experts or {}
+    source = RolloutSource(engine, prompts, known, config, sampling, rules, judge, on_rollouts, training_id)
+    hashed = tokenizer_hash(tokenizer)
+    finds = OnlineClips(tokenizer, hashed, rules, config.group_size, training_id)
+    schedule = ClipSchedule(() if config.echo_source == "online" else clips, config)
     optimizer = MasterAdamW(policy_model, config.lr, config.weight_decay, config.max_grad_norm)
     updater = Updater(policy_model, config, sampling.temperature, optimizer, Guard(folder, training_id))
+    named = identity(policy_model, hashed, training_id, config, sampling, rules, prompts, clips, known)
     training = _Training(
         config,
         sampling,
         rules,
         sampled_logprobs_known(engine.logprobs_kind, sampling),
         source,
-        ClipSchedule(() if config.echo_source == "online" else clips, config),
+        schedule,
         None if config.echo_source == "shards" else finds,
         updater,
+        Resumption(folder / "states", named, source, schedule, updater),
         on_clip_uses,
     )
     echo_before = learner.mean_clip_loss(policy_model, clips, config.batch_tokens)
@@ -150,12 +156,13 @@ def _run(
     policy_version: int,
     progress: Callable[[StepMetrics], None] | None,
 ) -> list[StepMetrics]:
-    config = training.config
-    steps: list[StepMetrics] = []
-    with open_metrics(metrics_path) as metrics_file:
-        for optim_step in range(config.optim_steps):
+    config, resumption = training.config, training.resumption
+    steps, policy_version = resumption.restore(policy_version)
+    with open_metrics(metrics_path, steps) as metrics_file:
+        for optim_step in range(len(steps), config.optim_steps):
             started = time.perf_counter()
             if optim_step % config.updates_per_batch == 0:
+                resumption.save_if_due(steps, policy_version)
                 rollouts = training.source.sample(optim_step, policy_version)
                 batch = _batch(training, rollouts)
                 found = training.online.of(rollouts) if training.online else []

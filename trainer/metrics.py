@@ -136,15 +136,18 @@ def finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def open_metrics(path: Path) -> TextIO:
-    """`metrics.jsonl`, made anew: a training that is started again begins again.
+def open_metrics(path: Path, steps: Sequence[StepMetrics] = ()) -> TextIO:
+    """`metrics.jsonl`, made anew of the steps that a training goes on from.
 
     Raises:
         ConfigError: the file or its folder cannot be made.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("w", encoding="utf-8")
+        file = path.open("w", encoding="utf-8")
+        for step in steps:
+            write_metrics(file, step)
+        return file
     except OSError as error:
         raise ConfigError(f"Cannot write {path}: {error}. Choose another folder.") from None
 

@@ -68,7 +68,7 @@ def train_on_shards(
             [clip.clip_id for clip in clips],
             [prompt.prompt_id for prompt in prompts],
             sorted(expert.rollout_id for known in experts.values() for expert in known),
-            [part.model_dump(mode="json") for part in (config, sampling, engine_config, rules)],
+            [config.of_steps()] + [part.model_dump(mode="json") for part in (sampling, engine_config, rules)],
         )[:16]
     )
     folder = lake.folder / "runs" / run.run_id / training_id

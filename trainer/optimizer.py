@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class MasterAdamW:
@@ -14,7 +18,8 @@ class MasterAdamW:
     """
 
     def __init__(self, model: nn.Module, lr: float, weight_decay: float, max_grad_norm: float) -> None:
-        self._params = [param for param in model.parameters() if param.requires_grad]
+        named = {name: param for name, param in model.named_parameters() if param.requires_grad}
+        self._names, self._params = list(named), list(named.values())
         self._masters = [_master(param) for param in self._params]
         self._max_grad_norm = max_grad_norm
         self._aside: list[Tensor | None] = []
@@ -73,6 +78,31 @@ class MasterAdamW:
         for param, master in zip(self._params, self._masters, strict=True):
             if param is not master:
                 param.copy_(master)
+
+    def state(self) -> dict[str, Tensor]:
+        """Masters, moments and step counts, by kind and parameter ("exp_avg.lm_head.weight")."""
+        tensors = {}
+        for name, master in zip(self._names, self._masters, strict=True):
+            of_master = {"master": master.detach(), **self._adamw.state.get(master, {})}
+            tensors.update({f"{kind}.{name}": of_master[kind].contiguous() for kind in of_master})
+        return tensors
+
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set the optimizer and its model, alike in all but values, to what `state` gave."""
+        for name, param, master in zip(self._names, self._params, self._masters, strict=True):
+            master.copy_(tensors[f"master.{name}"])
+            param.copy_(master)
+            self._adamw.state.pop(master, None)
+            if f"step.{name}" in tensors:  # AdamW has no moments before a parameter's first gradient
+                self._adamw.state[master] = {
+                    "step": tensors[f"step.{name}"].clone(),  # AdamW counts on the CPU
+                    **{kind: _like(master, tensors[f"{kind}.{name}"]) for kind in MOMENTS},
+                }
+
+
+def _like(master: Tensor, values: Tensor) -> Tensor:
+    return torch.empty_like(master, requires_grad=False).copy_(values)
 
 
 def _master(param: nn.Parameter) -> Tensor:

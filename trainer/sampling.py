@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from pipeline.engines.base import Engine, GroupRequest
 from pipeline.experts import Expert
 from pipeline.objective_config import DapoConfig, LuffyConfig, UftConfig
 from pipeline.records import Group, Judgement, Prompt, group_id, sample_seed
-from trainer.batches import step_batches
+from trainer.batches import Cursor, step_batches
 from trainer.hints import draw_hint_tokens
 from trainer.rollout_batch import Rollouts, carries_signal
 
@@ -42,7 +42,8 @@ class RolloutSource:
         self._config, self._rules = config, rules
         self._sampling = sampling.model_copy(update={"group_size": config.group_size})
         self._judge, self._on_rollouts, self._training_id = judge, on_rollouts, training_id
-        self._order = step_batches(len(prompts), config.prompts_per_step, config.seed, PROMPT_STREAM)
+        order = step_batches(len(prompts), config.prompts_per_step, config.seed, PROMPT_STREAM)
+        self._order = Cursor(order)
         self.num_rollouts = 0
 
     def sample(self, optim_step: int, policy_version: int) -> Rollouts:
@@ -52,7 +53,7 @@ class RolloutSource:
         run out, or `max_refills` is reached; what is there then is what the step learns from.
         """
         rng = np.random.default_rng([self._config.seed, EXPERT_STREAM, optim_step])
-        taken = next(self._order)
+        taken = self._order.take()
         rollouts = self._sampled(taken, optim_step, policy_version, rng)
         options, num_refills = self._config.options, 0
         if not (isinstance(options, DapoConfig) and options.dynamic_sampling):
@@ -62,10 +63,19 @@ class RolloutSource:
             if self._num_with_signal(rollouts) >= wanted:
                 break
             num_refills += 1
-            fresh = [i for i in next(self._order) if i not in taken]
+            fresh = [i for i in self._order.take() if i not in taken]
             taken = taken + fresh
             rollouts = _joined(rollouts, self._sampled(fresh, optim_step, policy_version, rng))
         return replace(rollouts, num_refills=num_refills)
+
+    def state(self) -> dict[str, Any]:
+        """What must be kept to go on, as JSON values."""
+        return {"position": self._order.position, "num_rollouts": self.num_rollouts}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on where a new source was, of the same prompts and seed."""
+        self._order.go_to(state["position"])
+        self.num_rollouts = state["num_rollouts"]
 
     def _num_with_signal(self, rollouts: Rollouts) -> int:
         size, tolerance = self._config.group_size, self._rules.reward_tolerance
