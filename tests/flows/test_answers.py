@@ -32,5 +32,5 @@ def test_a_models_text_does_not_reach_the_terminal_as_control_characters(answer)
 
 
 def test_flags_can_be_turned_off(capsys):
-    assert main(["train", "--help"]) == 0
-    assert "--scale-rewards / --no-scale-rewards" in capsys.readouterr().out
+    assert main(["mine", "--help"]) == 0
+    assert "--allow-truncated / --no-allow-truncated" in capsys.readouterr().out
