@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.errors import FormatError
-from pipeline.exports.manifest import damaged_file, newest_manifest, read_manifest
+from pipeline.errors import FormatError, said
+from pipeline.exports.manifest import newest_manifest, read_manifest
 from pipeline.exports.shards import SHARD
+from pipeline.hashing import content_id
 from pipeline.records import Int32
 from pipeline.withdrawal import noticed_clips
 
@@ -39,14 +41,40 @@ class UnknownTokenizer(FormatError):
         )
 
 
-def load_clips(folder: Path, tokenizer_hash: str) -> list[Clip]:
-    """The clips of an export, or of the newest one of a folder of exports, checked against its manifest.
+@dataclass(frozen=True)
+class ShardFile:
+    """One file of an export, as the manifest tells."""
 
-    Clips that were withdrawn or forgotten since are left out.
+    path: Path
+    sha256: str
+    num_clips: int
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class Shards:
+    """An export that fits a model, as its manifest tells; `read_shard` checks the files against it.
+
+    Attributes:
+        content: names what is in the files, wherever they lie.
+        withdrawn: ids of clips that may teach no more.
+    """
+
+    folder: Path
+    files: tuple[ShardFile, ...]
+    content: str
+    withdrawn: frozenset[str]
+
+    @property
+    def num_clips(self) -> int:
+        return sum(file.num_clips for file in self.files)
+
+
+def open_shards(folder: Path, tokenizer_hash: str) -> Shards:
+    """An export, or the newest one of a folder of exports.
 
     Raises:
-        FormatError: no export there, one of another form, a file is missing, cut off or changed, a newer
-            format.
+        FormatError: no export there, one of another form, or a newer format.
         UnknownTokenizer: another tokenizer's clips.
     """
     manifest_path = newest_manifest(folder)
@@ -59,16 +87,64 @@ def load_clips(folder: Path, tokenizer_hash: str) -> list[Clip]:
         )
     if manifest["clips"] and manifest["tokenizer_hash"] != tokenizer_hash:
         raise UnknownTokenizer(str(manifest["tokenizer_hash"]), manifest_path.parent)
-    damaged = damaged_file(manifest_path.parent, manifest)
-    if damaged is not None:
-        raise FormatError(f"{damaged} is missing or not as it was exported. Export the shards again.")
-    noticed = noticed_clips(manifest_path.parent)
+    if not all(_is_count(file[name]) for file in manifest["files"] for name in ("clips", "tokens")):
+        raise FormatError(f"{manifest_path} does not count its clips and tokens. Export the shards again.")
+    files = tuple(
+        ShardFile(
+            manifest_path.parent / Path(str(file["file"])).name,
+            str(file["sha256"]),
+            file["clips"],
+            file["tokens"],
+        )
+        for file in manifest["files"]
+    )
+    content = content_id([file.sha256 for file in files])
+    return Shards(manifest_path.parent, files, content, frozenset(noticed_clips(manifest_path.parent)))
+
+
+def read_shard(file: ShardFile) -> pa.Table:
+    """The rows of a file, columns as in `SHARD`; the bytes that are parsed are the bytes that were hashed.
+
+    Raises:
+        FormatError: the file is missing, cut off or changed, or no shard.
+    """
+    damaged = FormatError(f"{file.path} is missing or not as it was exported. Export the shards again.")
+    try:
+        content = file.path.read_bytes()
+    except OSError as error:
+        raise damaged from error
+    if hashlib.sha256(content).hexdigest() != file.sha256:
+        raise damaged
+    try:
+        table = (
+            pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False).select(SHARD.names).cast(SHARD)
+        )
+    except (pa.ArrowException, KeyError, OSError) as error:
+        raise FormatError(f"{file.path} is no shard: {said(error)}. Export the shards again.") from error
+    if table.num_rows != file.num_clips or any(column.null_count for column in table.columns):
+        raise FormatError(f"{file.path} does not hold its {file.num_clips} clips. Export the shards again.")
+    return table
+
+
+def load_clips(folder: Path, tokenizer_hash: str) -> list[Clip]:
+    """The clips of an export, or of the newest one of a folder of exports, checked against its manifest.
+
+    Clips that were withdrawn or forgotten since are left out.
+
+    Raises:
+        FormatError: see `open_shards` and `read_shard`.
+    """
+    shards = open_shards(folder, tokenizer_hash)
     return [
         clip
-        for file in manifest["files"]
-        for clip in _clips(pq.read_table(manifest_path.parent / Path(file["file"]).name, schema=SHARD))
-        if clip.clip_id not in noticed
+        for file in shards.files
+        for clip in _clips(read_shard(file))
+        if clip.clip_id not in shards.withdrawn
     ]
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and value >= 0
 
 
 def _clips(table: pa.Table) -> Sequence[Clip]:
