@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from pipeline.errors import ConfigError, FormatError
 from pipeline.logprobs import completion_logprobs
-from pipeline.shards import Clip, load_clips
 from pipeline.tokenization import tokenizer_hash
-from trainer.batches import step_batches
 from trainer.objectives import clip_losses, echo_clip_loss
+from trainer.packed_clips import PackedClips
+from trainer.shard_stream import ShardStream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-STREAM = 2  # apart from the loop's own orders of prompts and clips
 
 
 class EchoClips:
@@ -26,9 +24,6 @@ class EchoClips:
 
     Where an epoch ends the folder is read again: a newer export takes over there, and clips that were
     withdrawn since are dealt no more.
-
-    Attributes:
-        clips: of this epoch.
     """
 
     def __init__(
@@ -39,31 +34,25 @@ class EchoClips:
         seed: int = 0,
     ) -> None:
         """
+        Args:
+            clips_per_step: at most; an epoch is cut into steps of equal size.
+
         Raises:
             ConfigError: less than one clip per step.
-            FormatError: no shards there, damaged ones, none with a clip, or another tokenizer's.
+            FormatError: no shards there, none with a clip, or another tokenizer's.
         """
         if clips_per_step < 1:
             raise ConfigError(f"There are {clips_per_step} EchoClips per step. Give 1 or more.")
-        self._shards, self._tokenizer_hash = Path(shards), tokenizer_hash(tokenizer)
-        self._clips_per_step, self._seed = clips_per_step, seed
-        self._start(self._read())
+        self._stream = ShardStream(shards, tokenizer_hash(tokenizer), batch_clips=clips_per_step, seed=seed)
+        self._batches = self._epochs()
 
-    def next_batch(self) -> list[Clip]:
-        """The next clips, each once; fewer than `clips_per_step` where there are fewer.
+    def next_batch(self) -> PackedClips:
+        """The next clips, each once.
 
         Raises:
-            FormatError: as at the start, of what lies in the folder where an epoch ends.
+            FormatError: damaged shards, or as at the start, of what lies in the folder where an epoch ends.
         """
-        if self._left_of_epoch <= 0:
-            clips = self._read()
-            if _ids(clips) != _ids(self.clips):
-                self._start(clips)
-            else:
-                self._left_of_epoch += len(clips)
-        batch = [self.clips[i] for i in next(self._order)]
-        self._left_of_epoch -= len(batch)
-        return batch
+        return next(self._batches)
 
     def loss(self, model: PreTrainedModel) -> Tensor:
         """The EchoClip term of the next batch of clips, before λ; backpropagates into `model`.
@@ -76,22 +65,27 @@ class EchoClips:
             FormatError: see `next_batch`; a clip that is longer than the model's context.
         """
         batch = self.next_batch()
-        stats = completion_logprobs(model, [(clip.prompt_ids, clip.clip_ids) for clip in batch])
-        weights = torch.tensor([clip.weight for clip in batch], device=stats.logprobs.device)
+        stats = completion_logprobs(model, batch.rows())
         losses = clip_losses(stats.logprobs, stats.lengths)
-        return echo_clip_loss(losses, weights, num_clips=len(batch))
+        return echo_clip_loss(losses, batch.weights.to(losses.device), num_clips=len(batch))
 
-    def _read(self) -> list[Clip]:
-        clips = load_clips(self._shards, self._tokenizer_hash)
-        if not clips:
-            raise FormatError(f"The shards in {self._shards} hold no clip. Mine and export again.")
-        return clips
+    def state_dict(self) -> dict[str, Any]:
+        """Where the dealing stands, as JSON values."""
+        return self._stream.state_dict()
 
-    def _start(self, clips: list[Clip]) -> None:
-        self.clips = clips
-        self._order = step_batches(len(clips), self._clips_per_step, self._seed, STREAM)
-        self._left_of_epoch = len(clips)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where a dealing stood; see `ShardStream.load_state_dict`."""
+        self._stream.load_state_dict(state)
+        self._batches = self._epochs()
 
-
-def _ids(clips: list[Clip]) -> list[str]:
-    return [clip.clip_id for clip in clips]
+    def _epochs(self) -> Iterator[PackedClips]:
+        dealt = True
+        while True:
+            before, dealt = dealt, False
+            for batch in self._stream:
+                dealt = True
+                yield batch
+            if not (before or dealt):  # one alone may be the end of an epoch that was gone on with
+                raise FormatError(
+                    f"All clips in {self._stream.shards.folder} were withdrawn. Mine and export again."
+                )

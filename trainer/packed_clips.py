@@ -10,6 +10,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from pipeline.logprobs import Row
 
@@ -72,10 +73,12 @@ class PackedWindow:
         """The rows from `start` to `end`."""
         bounds = np.concatenate(([self.ends[start - 1] if start else 0], self.ends[start:end]))
         facts = self._facts.slice(start, end - start)
+        prompt_lengths, clip_lengths = torch.from_numpy(self._lengths[start:end].T.copy())
         return PackedClips(
-            torch.from_dlpack(self._ids.slice(bounds[0], bounds[-1] - bounds[0])),
+            from_dlpack(self._ids.slice(bounds[0], bounds[-1] - bounds[0])),
             torch.from_numpy((bounds - bounds[0]).astype(np.int32)),
-            *map(torch.from_numpy, self._lengths[start:end].T.copy()),
+            prompt_lengths,
+            clip_lengths,
             torch.tensor(facts["weight"].to_numpy()),
             torch.tensor(facts["policy_version"].to_numpy()),
             facts["clip_id"].to_pylist(),

@@ -152,7 +152,8 @@ class ShardStream(IterableDataset[PackedClips]):
         if state["position"] and found.content != state["content"]:
             raise FormatError(
                 f"The stream stood at clip {state['position']} of epoch {state['epoch']} in export "
-                f"{state['export']}, and {found.folder} is another. Put that export back, or begin an epoch anew."
+                f"{state['export']}, and {found.folder} is another. Put that export back, "
+                "or begin an epoch anew."
             )
         return found
 
@@ -166,7 +167,8 @@ class ShardStream(IterableDataset[PackedClips]):
         """Which part of how many this process reads."""
         worker = get_worker_info()
         number, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        return self._rank * num_workers + number, self._world_size * num_workers
+        # Neighbours are of different ranks, so that also these differ by one clip at most.
+        return number * self._world_size + self._rank, self._world_size * num_workers
 
     def _batches(self, part: int, num_parts: int) -> Iterator[PackedClips]:
         batch_clips = self._equal_batches(part, num_parts)
@@ -205,7 +207,7 @@ class ShardStream(IterableDataset[PackedClips]):
         return math.ceil(num_clips / math.ceil(num_clips / self._batch_clips))
 
     def _windows(self, part: int, num_parts: int) -> Iterator[tuple[pa.Table, NDArray[np.int64]]]:
-        """The rows that are shuffled together, each with its `place` in this part, and this part's of them."""
+        """Rows that are shuffled together, with their `place` in this part, and which come next in it."""
         first = 0
         for number, files in enumerate(self._shuffled_files(), 1):
             num_rows = sum(file.num_clips for file in files)

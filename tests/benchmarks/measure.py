@@ -12,7 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 
-def medians(sides: Mapping[str, Callable[[], object]], repeats: int = 5) -> dict[str, float]:
+def medians(
+    sides: Mapping[str, Callable[[], object]],
+    repeats: int = 5,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
     """Seconds that each side takes: the median of `repeats` runs, after one that is not counted.
 
     The sides take turns, so that a machine that slows down slows down all of them.
@@ -20,10 +24,10 @@ def medians(sides: Mapping[str, Callable[[], object]], repeats: int = 5) -> dict
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for repeat in range(repeats + 1):
         for name, side in sides.items():
-            started = time.perf_counter()
+            started = clock()
             side()
             if repeat:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(clock() - started)
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 

@@ -14,8 +14,8 @@ from trl import GRPOConfig
 
 from pipeline.errors import ConfigError
 from pipeline.models import load_model, model_folder
-from pipeline.shards import UnknownTokenizer
-from pipeline.tokenization import load_tokenizer
+from pipeline.shards import UnknownTokenizer, load_clips
+from pipeline.tokenization import load_tokenizer, tokenizer_hash
 from trainer import learner
 from trainer.adapters.trl import EchoGRPOTrainer, check_whole_weights
 
@@ -90,7 +90,7 @@ def test_with_a_weight_of_0_the_loss_is_logged_and_nothing_is_learned_from_it(tr
     assert all(torch.equal(value, before[name]) for name, value in weights_of(trainer).items())
 
 
-def test_the_gradient_of_a_step_is_lambda_times_that_of_our_own_trainer(trainer_of):
+def test_the_gradient_of_a_step_is_lambda_times_that_of_our_own_trainer(trainer_of, shards):
     trainer = trainer_of(0.5, accumulation=2)
     inputs = trainer._generate_and_score_completions([{"prompt": "1+2\n"}] * 2)
     trainer.model.train()
@@ -98,7 +98,8 @@ def test_the_gradient_of_a_step_is_lambda_times_that_of_our_own_trainer(trainer_
     for _ in range(2):  # each with all four clips
         trainer.compute_loss(trainer.model, inputs).backward()
     model = load_model(model_folder("arith"), "cpu")
-    learner.backward_clips(model, trainer.echo_clips.clips, 0.5, 10_000)
+    clips = load_clips(shards, tokenizer_hash(trainer.processing_class))
+    learner.backward_clips(model, clips, 0.5, 10_000)
     ours = dict(model.named_parameters())
     for name, value in trainer.model.named_parameters():
         torch.testing.assert_close(value.grad, ours[name].grad, rtol=1e-4, atol=1e-6, msg=name)

@@ -1,7 +1,6 @@
 """Clips for a loop of one's own."""
 
 import json
-from collections import Counter
 
 import pytest
 import torch
@@ -15,8 +14,8 @@ from pipeline.exports.manifest import newest_manifest
 from pipeline.exports.shards import SHARDS
 from pipeline.lake import Lake
 from pipeline.models import model_folder
-from pipeline.shards import UnknownTokenizer
-from pipeline.tokenization import load_tokenizer
+from pipeline.shards import UnknownTokenizer, load_clips
+from pipeline.tokenization import load_tokenizer, tokenizer_hash
 from pipeline.withdrawal import NOTICE
 from trainer.echoclips import EchoClips
 from trainer.learner import backward_clips, mean_clip_loss
@@ -46,8 +45,9 @@ def model(sample_lake):
 
 def test_the_loss_of_all_clips_is_their_mean_loss_and_falls_when_trained_on(shards, sample_lake, model):
     clips = EchoClips(shards, sample_lake.tokenizer, clips_per_step=1000)
+    loaded = load_clips(shards, tokenizer_hash(sample_lake.tokenizer))
     before = clips.loss(model)
-    assert before.item() == pytest.approx(mean_clip_loss(model, clips.clips, 10_000), rel=1e-5)
+    assert before.item() == pytest.approx(mean_clip_loss(model, loaded, 10_000), rel=1e-5)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     for _ in range(3):
         optimizer.zero_grad()
@@ -61,40 +61,61 @@ def test_the_gradient_is_that_of_our_own_trainers_term(shards, sample_lake, mode
     clips.loss(model).backward()
     gradients = {name: value.grad.clone() for name, value in model.named_parameters()}
     model.zero_grad()
-    backward_clips(model, clips.clips, 1.0, 50)  # several micro-batches
+    loaded = load_clips(shards, tokenizer_hash(sample_lake.tokenizer))
+    backward_clips(model, loaded, 1.0, 50)  # several micro-batches
     for name, value in model.named_parameters():
         torch.testing.assert_close(gradients[name], value.grad, rtol=1e-4, atol=1e-7, msg=name)
 
 
 def test_a_newer_export_takes_over_where_an_epoch_ends(tmp_path):
     export_arith_shards(tmp_path / "old", tmp_path / "shards")
-    clips = EchoClips(tmp_path / "shards", load_tokenizer(model_folder("arith")), clips_per_step=2)
-    old = {clip.clip_id for clip in clips.clips}
+    tokenizer = load_tokenizer(model_folder("arith"))
+    clips = EchoClips(tmp_path / "shards", tokenizer, clips_per_step=2)
+    old = {clip.clip_id for clip in load_clips(tmp_path / "shards", tokenizer_hash(tokenizer))}
     first = clips.next_batch()
     export_arith_shards(tmp_path / "new", tmp_path / "shards", ("20+22", "10+32"))
-    assert {clip.clip_id for clip in first + clips.next_batch()} == old, "the epoch is dealt to its end"
-    new = {clip.clip_id for clip in clips.next_batch()}
+    assert {*first.clip_ids, *clips.next_batch().clip_ids} == old, "the epoch is dealt to its end"
+    new = set(clips.next_batch().clip_ids)
     assert len(new) == 2
     assert not new & old
-    assert {clip.clip_id for clip in clips.next_batch()} == new
+    assert set(clips.next_batch().clip_ids) == new
 
 
-def test_without_a_newer_export_the_order_goes_on(tmp_path):
+def test_epochs_are_cut_into_equal_steps_and_shuffled_anew(tmp_path):
     export_arith_shards(tmp_path / "lake", tmp_path / "shards")
     clips = EchoClips(tmp_path / "shards", load_tokenizer(model_folder("arith")), clips_per_step=3)
-    dealt = [clip.clip_id for _ in range(8) for clip in clips.next_batch()]
-    assert set(Counter(dealt).values()) == {6}
-    epochs = {tuple(dealt[start : start + 4]) for start in range(0, 24, 4)}
-    assert len(epochs) > 1, "each epoch is shuffled anew"
+    dealt = [clips.next_batch().clip_ids for _ in range(12)]
+    assert {len(batch) for batch in dealt} == {2}, "4 clips in 2 steps"
+    epochs = {(*first, *second) for first, second in zip(dealt[::2], dealt[1::2], strict=True)}
+    assert {len(set(epoch)) for epoch in epochs} == {4}
+    assert len(epochs) > 1
 
 
-def test_a_clip_that_was_withdrawn_is_dealt_no_more_after_the_epoch(tmp_path):
+def test_clips_that_were_withdrawn_are_dealt_no_more_after_the_epoch(tmp_path):
     export_arith_shards(tmp_path / "lake", tmp_path / "shards")
     clips = EchoClips(tmp_path / "shards", load_tokenizer(model_folder("arith")), clips_per_step=4)
-    withdrawn = clips.next_batch()[0].clip_id
-    notice = {"overturned": [withdrawn]}
-    (newest_manifest(tmp_path / "shards").parent / NOTICE).write_text(json.dumps(notice))
-    assert withdrawn not in {clip.clip_id for _ in range(3) for clip in clips.next_batch()}
+    dealt = clips.next_batch().clip_ids
+    notice = newest_manifest(tmp_path / "shards").parent / NOTICE
+    notice.write_text(json.dumps({"overturned": dealt[:1]}))
+    assert [set(clips.next_batch().clip_ids) for _ in range(2)] == [set(dealt[1:])] * 2
+    notice.write_text(json.dumps({"overturned": dealt}))
+    with pytest.raises(FormatError, match=r"All clips in .* were withdrawn"):
+        clips.next_batch()
+
+
+def test_a_dealing_goes_on_where_it_stood(tmp_path):
+    export_arith_shards(tmp_path / "lake", tmp_path / "shards")
+
+    def clips():
+        return EchoClips(tmp_path / "shards", load_tokenizer(model_folder("arith")), clips_per_step=1)
+
+    calm, stopped = clips(), clips()
+    dealt = [calm.next_batch().clip_ids for _ in range(9)]
+    for position in range(9):
+        again = clips()
+        again.load_state_dict(stopped.state_dict())
+        assert [again.next_batch().clip_ids for _ in range(9 - position)] == dealt[position:]
+        stopped.next_batch()
 
 
 def test_less_than_one_clip_per_step_is_refused(shards, sample_lake):
