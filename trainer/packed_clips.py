@@ -48,19 +48,17 @@ class PackedClips:
 
 
 class PackedWindow:
-    """The chosen rows of a table of shards in their order, from which batches are cut without a copy.
+    """The chosen rows of a table of shards in their order, from which batches are gathered.
 
     Attributes:
         ends: [R] int64, tokens up to the end of each row.
     """
 
     def __init__(self, rows: pa.Table, chosen: NDArray[np.int64]) -> None:
-        # One take gathers all tokens: the flat values of (prompt, clip, prompt, clip, …) are the packed rows.
-        parts = pa.concat_arrays([*rows["prompt_ids"].chunks, *rows["clip_ids"].chunks])
-        places = np.stack((chosen, chosen + rows.num_rows), axis=1).ravel()
-        packed = parts.take(pa.array(places))
-        self._ids = packed.values
-        self._lengths = packed.value_lengths().to_numpy().astype(np.int64).reshape(-1, 2)
+        self._lists = pa.concat_arrays([*rows["prompt_ids"].chunks, *rows["clip_ids"].chunks])
+        self._places = np.stack((chosen, chosen + rows.num_rows), axis=1)  # [R, 2] of prompt and clip
+        lengths = self._lists.value_lengths().to_numpy().astype(np.int64)
+        self._lengths = lengths[self._places]
         self.ends: NDArray[np.int64] = self._lengths.sum(1).cumsum()
         self._facts = (
             rows.select(["clip_id", "weight", "policy_version"]).take(pa.array(chosen)).combine_chunks()
@@ -72,10 +70,12 @@ class PackedWindow:
     def batch(self, start: int, end: int) -> PackedClips:
         """The rows from `start` to `end`."""
         bounds = np.concatenate(([self.ends[start - 1] if start else 0], self.ends[start:end]))
+        # The flat values of (prompt, clip, prompt, clip, …) are the packed rows: one take gathers them all.
+        ids = self._lists.take(pa.array(self._places[start:end].ravel())).values
         facts = self._facts.slice(start, end - start)
         prompt_lengths, clip_lengths = torch.from_numpy(self._lengths[start:end].T.copy())
         return PackedClips(
-            from_dlpack(self._ids.slice(bounds[0], bounds[-1] - bounds[0])),
+            from_dlpack(ids),
             torch.from_numpy((bounds - bounds[0]).astype(np.int32)),
             prompt_lengths,
             clip_lengths,
