@@ -10,7 +10,7 @@ from arith_shards import export_arith_shards
 from pipeline.models import PROJECT
 
 EXAMPLES = re.findall(r"```python\n(.*?)```", (PROJECT / "docs" / "trainer.md").read_text(), re.DOTALL)
-LOOP, TRL = EXAMPLES
+LOOP, STREAM, TRL = EXAMPLES
 
 
 @pytest.fixture
@@ -28,6 +28,14 @@ def test_the_loop_of_the_page_takes_steps_on_all_clips():
     assert names["loss"].item() > 0
     assert {int(state["step"]) for state in names["optimizer"].state.values()} == {3}
     assert len(names["clips"].next_batch()) == 4
+
+
+@pytest.mark.usefixtures("folder")
+def test_the_stream_of_the_page_reads_all_clips_in_each_epoch(capsys):
+    names = {}
+    exec(STREAM, names)
+    assert names["epoch"] == 2
+    assert capsys.readouterr().out.count("torch.Size") == 3 * 2, "four clips over two workers"
 
 
 @pytest.mark.usefixtures("folder")
