@@ -74,7 +74,7 @@ def _serve(name: str, config: BaseModel, lake: Path, cron: str) -> None:
         raise ConfigError(
             f'--cron {cron!r} is no cron expression. Give five fields, like "0 2 * * *".'
         ) from None
-    with _server(url):
+    with prefect_server(url):
         from prefect.types.entrypoint import EntrypointType
 
         flow = getattr(importlib.import_module(f"flows.{name}"), name)
@@ -99,7 +99,7 @@ def _prepare(quiet: bool) -> None:
 
 
 @contextmanager
-def _server(url: str) -> Iterator[None]:
+def prefect_server(url: str) -> Iterator[None]:
     """The server at `url`: the one that answers there, or one started for as long as this runs."""
     if _answers(url):
         console.print(f"Using the Prefect server at {url}.")

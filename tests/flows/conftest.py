@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import dumps
 import pytest
 from folder_contents import contents
+from vllm_server import free_port
 
 from flows.cli import main
+from flows.embedded import prefect_server
 
 Refused = Callable[..., str]
 
@@ -35,6 +37,17 @@ def environment(tmp_path: Path) -> dict[str, str]:
     """Of a command with a Prefect home of its own and no server to share."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     return clean | {"PREFECT_HOME": str(tmp_path / "prefect"), "PYTHONUNBUFFERED": "1"}
+
+
+@pytest.fixture(scope="session")
+def prefect_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Of a server for nights that are killed: one of their own would go on after each kill."""
+    url = f"http://127.0.0.1:{free_port()}/api"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("prefect")))
+        with prefect_server(url):
+            patch.undo()
+            yield url
 
 
 @pytest.fixture

