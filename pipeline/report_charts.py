@@ -78,7 +78,7 @@ def _classes_chart(rows: pl.DataFrame, by: str, share: str, height: int, title: 
                 scale=alt.Scale(domain=[0, 1]),
             ),
             y=alt.Y("label:N", title=None, sort=alt.EncodingSortField("place", op="min")),
-            color=_colours("group_class", CLASS_COLOURS),
+            color=colour_scale("group_class", CLASS_COLOURS),
             order="order:Q",
             tooltip=[
                 alt.Tooltip("label:N", title=by.replace("_", " ")),
@@ -103,7 +103,7 @@ def reward_chart(rows: pl.DataFrame) -> Chart:
             x=alt.X("bin_start:Q", title="reward", bin="binned"),
             x2="bin_end:Q",
             y=alt.Y("num_rollouts:Q", title="rollouts", stack="zero", axis=whole_numbers()),
-            color=_colours("group_class", CLASS_COLOURS),
+            color=colour_scale("group_class", CLASS_COLOURS),
             order="order:Q",
             tooltip=[
                 alt.Tooltip("bin_start:Q", title="from", format=".3~f"),
@@ -121,7 +121,7 @@ def profile_chart(rows: pl.DataFrame) -> Chart:
     """Mean and quartiles of token entropy by relative position, successes apart from failures."""
     base = alt.Chart(rows, height=_PLOT_PIXELS).encode(
         x=alt.X("position:Q", title="position in the completion", axis=alt.Axis(format="%", tickCount=5)),
-        color=_colours("outcome", OUTCOME_COLOURS),
+        color=colour_scale("outcome", OUTCOME_COLOURS),
     )
     tooltip = [
         alt.Tooltip("outcome:N"),
@@ -176,7 +176,7 @@ def whole_numbers() -> alt.Axis:
     return alt.Axis(tickCount=6, format=",d", labelExpr="datum.value % 1 ? '' : datum.label")
 
 
-def _colours(field: str, colours: Mapping[str, str]) -> alt.Color:
+def colour_scale(field: str, colours: Mapping[str, str]) -> alt.Color:
     scale = alt.Scale(domain=list(colours), range=list(colours.values()))
     return alt.Color(f"{field}:N", scale=scale, legend=None)
 

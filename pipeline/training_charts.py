@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import altair as alt
 import polars as pl
 
-from pipeline.report_charts import CLASS_COLOURS, NEUTRAL, Chart, card, whole_numbers
+from pipeline.report_charts import CLASS_COLOURS, NEUTRAL, Chart, card, colour_scale, whole_numbers
 from pipeline.training_metrics import finite
 
 NIGHT_MEASURES = {
@@ -31,26 +31,27 @@ MEASURES = {
         "grad_norm": "gradient norm",
         "rl_grad_norm": "gradient norm of the RL term",
         "echo_grad_norm": "gradient norm of the EchoClip term",
-        "clip_share": "share of tokens with a clipped ratio",
-        "ratio_mean": "mean ratio π / π_old",
     },
-    "Engine and trainer": {
+    "Policy and engine": {
         "mismatch_kl": "KL(engine ‖ trainer), nats per token",
         "logprob_gap": "greatest log-prob difference, nats",
         "policy_lag": "policy lag of the rollouts, optimizer steps",
+        "ratio_mean": "mean ratio π / π_old",
+        "clip_share": "share of tokens with a clipped ratio",
+        "num_refills": "batches of prompts taken beyond the first",
     },
     "EchoClips": {
-        "echo_weight": "λ",
         "num_clips": "EchoClips in a step",
+        "num_clip_tokens": "their tokens",
         "num_retired_clips": "EchoClips retired",
-        "clip_lag_mean": "mean policy lag of the EchoClips",
-        "clip_lag_max": "greatest policy lag of the EchoClips",
+        "clip_lag_mean": "their mean policy lag, optimizer steps",
+        "clip_lag_max": "their greatest policy lag",
+        "echo_weight": "λ",
     },
     "Speed": {
         "tokens_per_second": "tokens / s",
         "padding_share": "padding share",
-        "num_completion_tokens": "completion tokens",
-        "seconds": "seconds",
+        "seconds": "seconds a step",
     },
 }
 MAX_POINTS = 1200  # in one chart
@@ -80,11 +81,11 @@ def measure_chart(title: str, measure: str, runs: Mapping[str, Steps], colours: 
         rows, schema={"run": pl.String, "optim_step": pl.Int64, "value": pl.Float64, "dot": pl.Boolean}
     )
     base = alt.Chart(frame, height=130).encode(
-        x=alt.X("optim_step:Q", title="optimizer step", axis=whole_numbers(), scale=alt.Scale(nice=False)),
-        y=alt.Y("value:Q", title=None, scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=4)),
-        color=alt.Color(
-            "run:N", legend=None, scale=alt.Scale(domain=list(colours), range=list(colours.values()))
+        x=alt.X("optim_step:Q", title="optimizer step", axis=whole_numbers(), scale=_steps_of(runs)),
+        y=alt.Y(
+            "value:Q", title=None, scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=4, format=".9~g")
         ),
+        color=colour_scale("run", colours),
     )
     tooltip = [
         alt.Tooltip("optim_step:Q", title="optimizer step"),
@@ -100,53 +101,59 @@ def measure_chart(title: str, measure: str, runs: Mapping[str, Steps], colours: 
 
 def shares_chart(title: str, steps: Steps) -> Chart:
     """The share of each class of groups in each step, one column a step."""
-    shown = _thinned([step for step in steps if isinstance(step.get("classes"), dict)], MAX_POINTS // 4)
-    width = max(1, len(steps) // max(1, len(shown)))
-    rows = [
-        {
-            "start": step["optim_step"] - 0.5, "end": step["optim_step"] - 0.5 + width,
-            "step": step["optim_step"], "group_class": name, "order": order, "share": share,
-        }
-        for step in shown
-        for order, name in enumerate(CLASS_COLOURS)
-        if (share := finite(step["classes"], name)) is not None and 0 <= share <= 1
-    ]  # fmt: skip
-    frame = pl.DataFrame(
-        rows,
-        schema={
-            "start": pl.Float64, "end": pl.Float64, "step": pl.Int64,
-            "group_class": pl.String, "order": pl.Int64, "share": pl.Float64,
-        },
-    )  # fmt: skip
+    known = [step for step in steps if isinstance(step.get("classes"), dict)]
+    shown = _thinned(known, MAX_POINTS // len(CLASS_COLOURS))
+    rows = [row for step in shown for row in _column(step, len(known) // len(shown))]
+    schema = {"start": pl.Float64, "end": pl.Float64, "optim_step": pl.Int64, "group_class": pl.String}
+    frame = pl.DataFrame(rows, schema | {"share": pl.Float64, "low": pl.Float64, "high": pl.Float64})
+    axis = alt.Axis(format="%", tickCount=4)
     chart = (
         alt.Chart(frame, height=150)
-        .mark_bar(binSpacing=0)
+        .mark_rect()
         .encode(
             x=alt.X("start:Q", title="optimizer step", axis=whole_numbers(), scale=alt.Scale(nice=False)),
             x2="end:Q",
-            y=alt.Y(
-                "share:Q", title=None, stack="zero", scale=alt.Scale(domain=[0, 1]),
-                axis=alt.Axis(format="%", tickCount=4),
-            ),
-            color=alt.Color(
-                "group_class:N", legend=None,
-                scale=alt.Scale(domain=list(CLASS_COLOURS), range=list(CLASS_COLOURS.values())),
-            ),
-            order="order:Q",
+            y=alt.Y("low:Q", title=None, scale=alt.Scale(domain=[0, 1]), axis=axis),
+            y2="high:Q",
+            color=colour_scale("group_class", CLASS_COLOURS),
             tooltip=[
-                alt.Tooltip("step:Q", title="optimizer step"),
+                alt.Tooltip("optim_step:Q", title="optimizer step"),
                 alt.Tooltip("group_class:N", title="class"),
                 alt.Tooltip("share:Q", format=".1%"),
             ],
         )
-    )  # fmt: skip
+    )
     note = "Only mixed groups move the policy gradient."
     return card(title, note, frame, chart, "No group was sampled.", CLASS_COLOURS)
 
 
+def _column(step: Mapping[str, Any], width: int) -> Iterator[dict[str, Any]]:
+    """A step's shares, one on top of the other. None below 0, or beyond all groups."""
+    high = 0.0
+    start = step["optim_step"] - 0.5
+    for name in CLASS_COLOURS:
+        share = finite(step["classes"], name)
+        if share is not None and 0 < share <= 1.001 - high:
+            low, high = high, min(1.0, high + share)
+            yield {
+                "start": start, "end": start + width, "optim_step": step["optim_step"],
+                "group_class": name, "share": share, "low": low, "high": high,
+            }  # fmt: skip
+
+
+def _steps_of(runs: Mapping[str, Steps]) -> alt.Scale:
+    """All charts of a page begin and end at the same steps."""
+    numbers = [step["optim_step"] for steps in runs.values() for step in steps]
+    return alt.Scale(nice=False, domain=[min(numbers, default=0), max(numbers, default=1)])
+
+
 def _line(label: str, steps: Steps, measure: str, num_runs: int) -> list[dict[str, Any]]:
     """The points of a line, one without a value for each gap; none if no step has a value."""
-    values = [(step["optim_step"], finite(step, measure)) for step in steps]
+    values: list[tuple[int, float | None]] = []
+    for step in steps:
+        if values and step["optim_step"] > values[-1][0] + 1:
+            values.append((values[-1][0] + 1, None))  # its step was left out
+        values.append((step["optim_step"], finite(step, measure)))
     num_finite = sum(value is not None for _, value in values)
     if not num_finite:
         return []

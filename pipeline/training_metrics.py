@@ -54,7 +54,7 @@ def find_training(lake: Path, run: str) -> Path:
     if run in known:
         return known[run]
     hint = nearest(run, known) if known else f"the lake in {lake} has none; `echomine train` makes one."
-    raise LakeError(f"There is no training {run}, as an id or a folder: {hint}")
+    raise LakeError(f"No folder and no id of a training is `{run}`: {hint}")
 
 
 def read_training(folder: Path) -> Training:

@@ -103,7 +103,7 @@ def _figures(run: Training) -> list[tuple[str, str, str]]:
     zero, padding = _median(run, "zero_advantage_share"), facts["padding_share"]
     return [
         (number(facts["num_steps"]), "optimizer steps", ""),
-        (number(facts["num_skipped"]), "skipped", facts["skipped"] and f"steps {facts['skipped']}"),
+        (number(facts["num_skipped"]), "skipped", facts["skipped"] and f"optim_step {facts['skipped']}"),
         (number(facts["first_reward"], 3), "mean reward", "at the first step that sampled"),
         (number(facts["last_reward"], 3), "mean reward", "at the last one"),
         ("–" if zero is None else percent(zero, 1), "groups that taught nothing", "median of the steps"),
