@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,14 +46,13 @@ def find_training(lake: Path, run: str) -> Path:
     Raises:
         LakeError: there is none.
     """
-    path = Path(run)
-    if path.name == METRICS and path.is_file():
-        return path.parent
-    if path.is_dir():
-        return path.resolve()
+    if os.path.isfile(run) and os.path.basename(run) == METRICS:
+        return Path(run).resolve().parent
+    if os.path.isdir(run):
+        return Path(run).resolve()
     known = {folder.name: folder for folder in sorted(lake.glob("runs/*/training-*")) if folder.is_dir()}
     if run in known:
-        return known[run]
+        return known[run].resolve()
     hint = nearest(run, known) if known else f"the lake in {lake} has none; `echomine train` makes one."
     raise LakeError(f"No folder and no id of a training is `{run}`: {hint}")
 

@@ -76,7 +76,7 @@ def _report_trainings(lake: Path, trainings: tuple[str, ...], html: Path | None,
     from pipeline.training_metrics import find_training
     from pipeline.training_report import write_training_report
 
-    folders = [find_training(lake, name) for name in dict.fromkeys(trainings)]
+    folders = list(dict.fromkeys(find_training(lake, name) for name in trainings))
     path = write_training_report(folders, html or folders[0] / "report.html")
     if as_json:
         print_json({"trainings": [str(folder) for folder in folders], "report": str(path)})
