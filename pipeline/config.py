@@ -187,9 +187,17 @@ class TrainConfig(ObjectiveConfig):
     )
     keep_checkpoints: int = Field(2, ge=1, description="so many of these states are kept, the last ones")
 
+    grad_norms_every: int = Field(
+        50,
+        ge=0,
+        description="optimizer steps between two measurements of both terms' gradient norms where they share "
+        "a forward pass (clips online); each costs a second backward pass; 0: none",
+    )
+    tensorboard: bool = Field(True, description="write TensorBoard's event files beside metrics.jsonl")
+
     def of_steps(self) -> dict[str, Any]:
-        """What decides the steps, as JSON values: not how often and how many states are kept."""
-        return self.model_dump(mode="json", exclude={"checkpoint_every", "keep_checkpoints"})
+        """What decides the steps, as JSON values: not how they are kept and shown."""
+        return self.model_dump(mode="json", exclude={"checkpoint_every", "keep_checkpoints", "tensorboard"})
 
     def of_model(self, name: str) -> TrainConfig:
         """With the λ of the model of this name, if `echo_weights` has one."""

@@ -133,14 +133,22 @@ def policy_of(folder: Path, name: str, tokenizer: Any) -> Policy:
     """Who samples: the model's name and hashes, and the policy version its checkpoint records (else 0)."""
     weights = sorted(folder.glob("*.safetensors"))
     digest = content_id(*(file_sha256(path) for path in weights), file_sha256(folder / "config.json"))
+    return Policy(name, digest, tokenizer_hash(tokenizer), recorded_version(folder))
+
+
+def recorded_version(folder: Path) -> int:
+    """The policy version that a checkpoint records, 0 where it does not.
+
+    Raises:
+        ModelError: the record is damaged.
+    """
     marker = folder / MARKER
-    version = 0
-    if marker.is_file():
-        try:
-            version = int(json.loads(marker.read_text())["policy_version"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ModelError(f"{marker} names no policy_version ({error}). Mend or delete it.") from error
-    return Policy(name, digest, tokenizer_hash(tokenizer), version)
+    if not marker.is_file():
+        return 0
+    try:
+        return int(json.loads(marker.read_text())["policy_version"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{marker} names no policy_version ({error}). Mend or delete it.") from error
 
 
 def _arith() -> Path:

@@ -11,6 +11,7 @@ from pipeline.lake import Lake
 from pipeline.report import write_report
 from pipeline.run_notes import noted_at, noted_runs, read_notes
 from pipeline.tokenization import load_tokenizer
+from pipeline.training_metrics import read_training
 
 
 def write_night_report(lake: Lake, run_id: str, snapshot: int | None = None) -> Path:
@@ -33,7 +34,7 @@ def write_night_report(lake: Lake, run_id: str, snapshot: int | None = None) -> 
     training = None
     if (trained / "training.json").is_file():
         training = json.loads((trained / "training.json").read_text())
-        training["metrics"] = list(map(json.loads, (trained / "metrics.jsonl").read_text().splitlines()))
+        training["metrics"] = read_training(trained).steps
     return write_report(
         lake,
         run_id,

@@ -11,7 +11,7 @@ from pipeline.engines.choice import check_engine
 from pipeline.errors import ModelError, said
 from pipeline.experts import TAUGHT_BY_EXPERTS, experts_of
 from pipeline.lake import Lake
-from pipeline.models import check_fit, model_folder
+from pipeline.models import check_fit, model_folder, recorded_version
 from pipeline.prompts import read_prompts
 from pipeline.rewards import VerifierPool
 from pipeline.tokenization import load_tokenizer
@@ -31,6 +31,7 @@ def check_night(config: NightlyConfig, lake: Path | None = None) -> None:
     folder = model_folder(config.model)
     check_fit(folder, load_tokenizer(folder))
     check_weights(folder)
+    recorded_version(folder)
     if lake is not None and config.train.objective in TAUGHT_BY_EXPERTS:
         experts_of(Lake.open(lake), prompts, folder, config.train, config.sampling)
     if config.verify.verifier not in BUILT_IN:

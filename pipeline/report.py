@@ -2,41 +2,29 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import altair as alt
 import polars as pl
 import pyarrow as pa
-import vl_convert
-from markupsafe import Markup
 
 from pipeline import report_charts as charts
+from pipeline.chart_page import chart_page
 from pipeline.config import MiningConfig
 from pipeline.errors import LakeError, MiningError
 from pipeline.lake import Lake
 from pipeline.lake_reader import Reader
 from pipeline.mine import NO_GROUPS, WHOLE_LAKE, recorded_settings
-from pipeline.pages import page_template, write_page
+from pipeline.pages import write_page
 from pipeline.report_clips import NUM_SHADES, clip_views
 from pipeline.report_text import number, percent
 from pipeline.sqlfiles import sql_file
+from pipeline.training_charts import night_charts
 
 LIMITS = {"num_bins": 20, "max_nights": 30, "max_versions": 30, "max_rollouts": 20_000, "max_reasons": 8}
 NUM_CLIPS = 20
-
-# Draws every specification of the page. `ast` keeps Vega from compiling code: the page forbids it.
-_DRAW = """
-for (const place of document.querySelectorAll(".chart")) {
-  const spec = JSON.parse(document.getElementById(place.dataset.spec).textContent);
-  window.vegaEmbed(place, spec, {mode: "vega-lite", renderer: "svg", actions: false, ast: true})
-    .catch((error) => { console.error(error); place.textContent = "This chart could not be drawn."; });
-}
-"""
 
 
 def write_report(
@@ -79,13 +67,14 @@ def write_report(
         clips = clip_views(reader.rows(sql_file("reports/best_clips"), params), tokenizer)
         cards = _cards(reader, params)
     metrics = list((training or {}).get("metrics") or [])
-    page = _page(
+    page = chart_page(
+        "report.html",
         run=run,
         mining=mining,
         figures=_figures(run, mining, timings),
         timings=timings,
         cards=cards,
-        training=charts.training_charts(metrics),
+        training=night_charts(metrics),
         clips=clips,
         shades=range(NUM_SHADES + 1),
     )
@@ -158,18 +147,3 @@ def _cards(reader: Reader, params: Mapping[str, Any]) -> list[charts.Chart]:
         charts.profile_chart(frame("entropy_profile")),
         charts.drops_chart(frame("drops")),
     ]
-
-
-def _page(**values: Any) -> str:
-    # Altair says "v6.4.1" where vl-convert says "6.4".
-    vega_lite = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
-    # Without a snippet the bundle sets window.vegaEmbed; vl-convert's stub forgot that it may be left out.
-    bundle = vl_convert.javascript_bundle(vl_version=vega_lite)  # type: ignore[call-arg]
-    # A browser reads "\r\n" as "\n", and hashes what it read.
-    script = (bundle + _DRAW).replace("\r\n", "\n").replace("</script", "<\\/script")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return page_template("report.html").render(
-        **values,
-        script=Markup(script),  # noqa: S704 - ours and the library's, no text of the lake
-        script_hash=f"sha256-{digest}",
-    )

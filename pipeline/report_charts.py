@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,15 +21,9 @@ CLASS_COLOURS = {
 }
 _ORDER = {name: place for place, name in enumerate(CLASS_COLOURS)}
 OUTCOME_COLOURS = {"success": CLASS_COLOURS["all_success"], "failure": CLASS_COLOURS["all_fail"]}
-_NEUTRAL = "#7a86b8"
+NEUTRAL = "#7a86b8"
 _ROW_PIXELS = 24
 _PLOT_PIXELS = 220
-_TRAINING_MEASURES = {
-    "reward_mean": "mean reward",
-    "echo_loss": "EchoClip loss, nats per token",
-    "rl_loss": "RL loss",
-    "grad_norm": "gradient norm",
-}
 
 
 @dataclass(frozen=True)
@@ -85,7 +78,7 @@ def _classes_chart(rows: pl.DataFrame, by: str, share: str, height: int, title: 
                 scale=alt.Scale(domain=[0, 1]),
             ),
             y=alt.Y("label:N", title=None, sort=alt.EncodingSortField("place", op="min")),
-            color=_colours("group_class", CLASS_COLOURS),
+            color=colour_scale("group_class", CLASS_COLOURS),
             order="order:Q",
             tooltip=[
                 alt.Tooltip("label:N", title=by.replace("_", " ")),
@@ -95,7 +88,7 @@ def _classes_chart(rows: pl.DataFrame, by: str, share: str, height: int, title: 
             ],
         )
     )
-    return _card(title, note, rows, chart, "No groups yet.", CLASS_COLOURS)
+    return card(title, note, rows, chart, "No groups yet.", CLASS_COLOURS)
 
 
 def reward_chart(rows: pl.DataFrame) -> Chart:
@@ -109,8 +102,8 @@ def reward_chart(rows: pl.DataFrame) -> Chart:
         .encode(
             x=alt.X("bin_start:Q", title="reward", bin="binned"),
             x2="bin_end:Q",
-            y=alt.Y("num_rollouts:Q", title="rollouts", stack="zero", axis=_whole_numbers()),
-            color=_colours("group_class", CLASS_COLOURS),
+            y=alt.Y("num_rollouts:Q", title="rollouts", stack="zero", axis=whole_numbers()),
+            color=colour_scale("group_class", CLASS_COLOURS),
             order="order:Q",
             tooltip=[
                 alt.Tooltip("bin_start:Q", title="from", format=".3~f"),
@@ -121,14 +114,14 @@ def reward_chart(rows: pl.DataFrame) -> Chart:
         )
     )
     note = "Rollouts by task reward, coloured by the class of their group."
-    return _card("Rewards", note, rows, chart, "No rewards in this run.", CLASS_COLOURS)
+    return card("Rewards", note, rows, chart, "No rewards in this run.", CLASS_COLOURS)
 
 
 def profile_chart(rows: pl.DataFrame) -> Chart:
     """Mean and quartiles of token entropy by relative position, successes apart from failures."""
     base = alt.Chart(rows, height=_PLOT_PIXELS).encode(
         x=alt.X("position:Q", title="position in the completion", axis=alt.Axis(format="%", tickCount=5)),
-        color=_colours("outcome", OUTCOME_COLOURS),
+        color=colour_scale("outcome", OUTCOME_COLOURS),
     )
     tooltip = [
         alt.Tooltip("outcome:N"),
@@ -147,7 +140,7 @@ def profile_chart(rows: pl.DataFrame) -> Chart:
     touch = base.mark_point(size=90, opacity=0, filled=True).encode(y="mean_entropy:Q", tooltip=tooltip)
     chart = alt.layer(band, median, mean, touch)
     note = "Token entropy: mean (line), median (dashes) and quartiles (band)."
-    return _card("Entropy along completions", note, rows, chart, "No entropies in this run.", OUTCOME_COLOURS)
+    return card("Entropy along completions", note, rows, chart, "No entropies in this run.", OUTCOME_COLOURS)
 
 
 def drops_chart(rows: pl.DataFrame) -> Chart:
@@ -164,57 +157,31 @@ def drops_chart(rows: pl.DataFrame) -> Chart:
         .sort("num_dropped", descending=True)
     )
     bars = alt.Chart(frame, height=_ROW_PIXELS * max(1, frame["label"].n_unique())).encode(
-        x=alt.X("num_dropped:Q", title="dropped", axis=_whole_numbers()),
+        x=alt.X("num_dropped:Q", title="dropped", axis=whole_numbers()),
         y=alt.Y("label:N", title=None, sort=None, axis=alt.Axis(labelLimit=320)),
         tooltip=[
             alt.Tooltip("label:N", title="reason"),
             alt.Tooltip("num_dropped:Q", title="dropped", format=",d"),
         ],
     )
-    chart = bars.mark_bar(color=_NEUTRAL) + bars.mark_text(align="left", dx=4).encode(
+    chart = bars.mark_bar(color=NEUTRAL) + bars.mark_text(align="left", dx=4).encode(
         text=alt.Text("num_dropped:Q", format=",d")
     )
     note = "Candidate clips by the rule that dropped them (unscored: groups), and rollouts put in quarantine."
-    return _card("Drops by reason", note, rows, chart, "Nothing was dropped.")
+    return card("Drops by reason", note, rows, chart, "Nothing was dropped.")
 
 
-def training_charts(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
-    """One chart for each measure of the training that has a finite value, over its optimizer steps."""
-    charts = []
-    for measure, title in _TRAINING_MEASURES.items():
-        points = [
-            {"optim_step": step["optim_step"], "value": float(step[measure])}
-            for step in metrics
-            if isinstance(step.get(measure), int | float) and math.isfinite(step[measure])
-        ]
-        frame = pl.DataFrame(points, schema={"optim_step": pl.Int64, "value": pl.Float64})
-        line = (
-            alt.Chart(frame, height=130)
-            .mark_line(color=_NEUTRAL, strokeWidth=2, point=alt.OverlayMarkDef(color=_NEUTRAL, size=28))
-            .encode(
-                x=alt.X("optim_step:Q", title="optimizer step", axis=_whole_numbers()),
-                y=alt.Y("value:Q", title=None, scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=4)),
-                tooltip=[
-                    alt.Tooltip("optim_step:Q", title="optimizer step"),
-                    alt.Tooltip("value:Q", title=title, format=".4~g"),
-                ],
-            )
-        )
-        charts.append(_card(title, "", frame, line))
-    return [chart for chart in charts if chart.spec]
-
-
-def _whole_numbers() -> alt.Axis:
+def whole_numbers() -> alt.Axis:
     # Vega sets ticks between small counts, and its format would round them.
     return alt.Axis(tickCount=6, format=",d", labelExpr="datum.value % 1 ? '' : datum.label")
 
 
-def _colours(field: str, colours: Mapping[str, str]) -> alt.Color:
+def colour_scale(field: str, colours: Mapping[str, str]) -> alt.Color:
     scale = alt.Scale(domain=list(colours), range=list(colours.values()))
     return alt.Color(f"{field}:N", scale=scale, legend=None)
 
 
-def _card(
+def card(
     title: str,
     note: str,
     rows: pl.DataFrame,

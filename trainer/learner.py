@@ -53,6 +53,7 @@ def backward_rollouts(
     collect: Callable[[], None] | None = None,
     clip_tokens: Mapping[int, int] | None = None,
     clip_weight: float = 0.0,
+    swap: Callable[[], None] | None = None,
 ) -> RolloutPass:
     """Add the gradient of the objective's loss to the model's parameters.
 
@@ -64,6 +65,8 @@ def backward_rollouts(
         collect: called after every backward pass.
         clip_tokens: by row, how many of its first completion tokens are an EchoClip.
         clip_weight: what each such clip's loss is multiplied by: λ over the step's clips.
+        swap: called before and after what the clips' own backward passes collect; by default one pass gives
+            the sum of both gradients.
     """
     clip_losses: dict[int, float] = {}
     counts = _counts(batch)
@@ -79,11 +82,14 @@ def backward_rollouts(
         tokens = _policy_tokens(batch, part, stats, config)
         part_loss, part_figures = policy_loss(config, tokens, counts)
         echo = _prefix_losses(part, stats, clip_tokens or {})
-        total = part_loss + clip_weight * sum(echo.values())
-        if total.requires_grad:
-            torch.autograd.backward(total)
-        if collect:
-            collect()
+        of_clips = clip_weight * sum(echo.values(), part_loss.new_zeros(()))
+        if echo and swap:
+            _backward(part_loss, collect, retain_graph=True)
+            swap()
+            _backward(of_clips, collect)
+            swap()
+        else:
+            _backward(part_loss + of_clips, collect)
         loss += part_loss.item()
         clip_losses |= {row: of_clip.item() for row, of_clip in echo.items()}
         figures = part_figures if figures is None else figures + part_figures
@@ -95,6 +101,13 @@ def backward_rollouts(
             logprobs[i] = of_row
     known_gap = None if batch.engine_logprobs is None else gap
     return RolloutPass(loss, figures, known_gap, logprobs, clip_losses)
+
+
+def _backward(loss: Tensor, collect: Callable[[], None] | None, *, retain_graph: bool = False) -> None:
+    if loss.requires_grad:
+        torch.autograd.backward(loss, retain_graph=retain_graph)
+    if collect:
+        collect()
 
 
 def _prefix_losses(
@@ -165,10 +178,7 @@ def backward_clips(
             losses = objectives.clip_losses(stats.logprobs, stats.lengths)
             weights = torch.tensor([clips[i].weight for i in part], device=losses.device)
             part_loss = objectives.echo_clip_loss(losses, weights, num_clips=num_clips or len(clips))
-        if part_loss.requires_grad:
-            torch.autograd.backward(echo_weight * part_loss)
-        if collect:
-            collect()
+        _backward(echo_weight * part_loss, collect)
         loss += part_loss.item()
         for i, value in zip(part, losses.tolist(), strict=True):
             per_clip[i] = value

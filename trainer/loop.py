@@ -22,13 +22,14 @@ from trainer import learner
 from trainer.checkpoints import save_checkpoint
 from trainer.clip_schedule import ClipSchedule
 from trainer.guard import Guard
-from trainer.metrics import StepMetrics, TrainingResult, open_metrics, write_metrics
+from trainer.metrics import StepMetrics, TrainingResult
 from trainer.online import OnlineClips
 from trainer.optimizer import MasterAdamW
 from trainer.resume import Resumption, identity
 from trainer.rollout_batch import RolloutBatch, Rollouts, rollout_batch
 from trainer.sampling import Judge, OnRollouts, RolloutSource
 from trainer.step_metrics import step_metrics
+from trainer.tracking import open_tracks
 from trainer.update import StepClips, Updater
 
 if TYPE_CHECKING:
@@ -79,8 +80,7 @@ def train(
 
     Each batch of `prompts_per_step` groups is sampled from the model as it stands, judged, handed out, and
     learned from in `updates_per_batch` AdamW steps, each beside the clips that are due. A step takes a prompt
-    or clip once at most. Without clips this is the objective alone, without prompts supervised learning on
-    the clips.
+    or clip once at most. Without clips this is the objective alone, without prompts supervised learning.
 
     Args:
         engine: samples from `policy_model` itself, so that its rollouts are on-policy.
@@ -127,7 +127,7 @@ def train(
         on_clip_uses,
     )
     echo_before = learner.mean_clip_loss(policy_model, clips, config.batch_tokens)
-    steps = _run(training, folder / "metrics.jsonl", start_policy_version, progress)
+    steps = _run(training, folder, start_policy_version, progress)
     num_good = sum(not step.skipped for step in steps)
     return TrainingResult(
         training_id=training_id,
@@ -152,13 +152,13 @@ def train(
 
 def _run(
     training: _Training,
-    metrics_path: Path,
+    folder: Path,
     policy_version: int,
     progress: Callable[[StepMetrics], None] | None,
 ) -> list[StepMetrics]:
     config, resumption = training.config, training.resumption
     steps, policy_version = resumption.restore(policy_version)
-    with open_metrics(metrics_path, steps) as metrics_file:
+    with open_tracks(folder, config, steps) as tracks:
         for optim_step in range(len(steps), config.optim_steps):
             started = time.perf_counter()
             if optim_step % config.updates_per_batch == 0:
@@ -178,7 +178,7 @@ def _run(
             if batch.trainer_logprobs is None:
                 batch = replace(batch, trainer_logprobs=update.rl.logprobs)
             policy_version += not update.skipped
-            write_metrics(metrics_file, metrics)
+            tracks.write(metrics)
             steps.append(metrics)
             if progress:
                 progress(metrics)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 from pipeline.config import MiningConfig
-from pipeline.errors import ConfigError
 from pipeline.records import Judgement
 
 CLASSES = ("all_success", "all_fail", "all_equal", "mixed", "incomplete")
@@ -55,7 +52,7 @@ class StepMetrics:
         loss, rl_loss, echo_loss, grad_norm: None where they are not finite, and the step was skipped.
         echo_weight: λ of this step.
         grad_norm: before clipping; rl_grad_norm and echo_grad_norm are those of its two terms, None where one
-            pass over the rollouts gave both.
+            pass over the rollouts gave both and `grad_norms_every` did not ask for them.
         clip_share: share of the tokens whose ratio the objective clips.
         ratio_mean: of π / π_old over the tokens.
         mismatch_kl: estimated KL(engine ‖ trainer), nats per token.
@@ -64,6 +61,8 @@ class StepMetrics:
         num_refills: batches of prompts that DAPO's dynamic sampling took beyond the first.
         num_expert_tokens: of LUFFY's expert rollouts in the batch.
         num_hint_tokens: of UFT's hints in the batch, once per rollout.
+        clip_lag_mean, clip_lag_max: optimizer steps since the policies that sampled the clips.
+        padding_share: share of the positions read in the update's forward passes that nothing needed.
     """
 
     optim_step: int
@@ -93,6 +92,9 @@ class StepMetrics:
     num_clips: int
     num_retired_clips: int
     num_clip_tokens: int
+    clip_lag_mean: float | None
+    clip_lag_max: int | None
+    padding_share: float | None
     seconds: float
     tokens_per_second: float
 
@@ -134,25 +136,3 @@ def reward_mean(judgements: Sequence[Sequence[Judgement]]) -> float | None:
 def finite(value: float | None) -> float | None:
     """The value, or None where JSON could not say it."""
     return value if value is not None and math.isfinite(value) else None
-
-
-def open_metrics(path: Path, steps: Sequence[StepMetrics] = ()) -> TextIO:
-    """`metrics.jsonl`, made anew of the steps that a training goes on from.
-
-    Raises:
-        ConfigError: the file or its folder cannot be made.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w", encoding="utf-8")
-        for step in steps:
-            write_metrics(file, step)
-        return file
-    except OSError as error:
-        raise ConfigError(f"Cannot write {path}: {error}. Choose another folder.") from None
-
-
-def write_metrics(file: TextIO, metrics: StepMetrics) -> None:
-    """One line, on disk at once: someone may be watching."""
-    file.write(json.dumps(asdict(metrics), allow_nan=False) + "\n")
-    file.flush()

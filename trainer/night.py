@@ -26,8 +26,10 @@ from pipeline.rewards import VerifierPool
 from pipeline.rollouts import Sampled, rollout_rows
 from pipeline.shards import load_clips
 from pipeline.tokenization import completion_text, load_tokenizer
+from pipeline.training_metrics import METRICS
 from trainer.loop import train
 from trainer.metrics import StepMetrics
+from trainer.tracking import write_settings
 
 
 def train_on_shards(
@@ -108,6 +110,8 @@ def train_on_shards(
         def write_uses(uses: list[tuple[str, int, float]]) -> None:
             lake.commit({"clip_uses": _uses(training_id, uses)})
 
+        settings = {"model": model_name, "train": config.model_dump(mode="json")}
+        write_settings(folder, {"training_id": training_id, **settings})
         result = train(
             model,
             tokenizer,
@@ -151,5 +155,5 @@ def _uses(training_id: str, uses: Sequence[tuple[str, int, float]]) -> pa.Table:
 
 
 def _with_metrics(summary: dict[str, Any], folder: Path) -> dict[str, Any]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    lines = (folder / METRICS).read_text().splitlines()
     return summary | {"folder": str(folder), "metrics": [json.loads(line) for line in lines]}

@@ -41,19 +41,18 @@ class MasterAdamW:
             master.grad = grad if master.grad is None else master.grad + grad
             param.grad = None
 
-    def set_aside(self) -> float:
-        """Put what is collected so far by, until `clip`, and begin anew; returns its norm.
+    def swap(self) -> None:
+        """Put what is collected so far by, until `clip`, and go on with what was put by before, if anything.
 
-        So the next term's gradient has a norm of its own, at the cost of holding two gradients for a while.
+        So two terms' gradients have norms of their own, at the cost of holding both for a while.
         """
+        before = self._aside or [None] * len(self._masters)
         self._aside = [master.grad for master in self._masters]
-        norm = self.norm()
-        for master in self._masters:
-            master.grad = None
-        return norm
+        for master, grad in zip(self._masters, before, strict=True):
+            master.grad = grad
 
     def norm(self) -> float:
-        """Of what is collected since the beginning or `set_aside`; 0 if that is nothing."""
+        """Of what is collected since the beginning or `swap`; 0 if that is nothing."""
         grads = [master.grad for master in self._masters if master.grad is not None]
         return float(nn.utils.get_total_norm(grads)) if grads else 0.0
 

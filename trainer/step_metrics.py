@@ -42,6 +42,7 @@ def step_metrics(
     of_tokens = {name: finite(getattr(figures, name)) if figures else None for name in TOKEN_FIGURES}
     num_completion_tokens = sum(len(sample.completion_ids) for group in groups for sample in group.samples)
     num_clip_tokens = sum(len(clip.clip_ids) for clip in clips)
+    clip_lags = [policy_version - clip.policy_version for clip in clips]
     return StepMetrics(
         optim_step=optim_step,
         policy_version=rollouts.policy_version,
@@ -67,6 +68,9 @@ def step_metrics(
         num_clips=len(clips),
         num_retired_clips=num_retired,
         num_clip_tokens=num_clip_tokens,
+        clip_lag_mean=sum(clip_lags) / len(clip_lags) if clip_lags else None,
+        clip_lag_max=max(clip_lags, default=None),
+        padding_share=update.padding_share,
         seconds=seconds,
         tokens_per_second=(num_completion_tokens + num_clip_tokens) / seconds,
     )

@@ -11,6 +11,7 @@ from trainer import learner
 from trainer.clip_schedule import echo_weight
 from trainer.guard import Guard
 from trainer.optimizer import MasterAdamW
+from trainer.padding import counted
 from trainer.rollout_batch import RolloutBatch
 
 if TYPE_CHECKING:
@@ -37,9 +38,10 @@ class Update:
     """What came of a step.
 
     Attributes:
-        losses: loss, rl_loss, echo_loss, grad_norm; the two terms' norms where each had its own pass.
+        losses: loss, rl_loss, echo_loss, grad_norm; the two terms' norms where each was collected apart.
         clip_losses: of each clip, nats per token before the update.
         echo_weight: λ of this step.
+        padding_share: share of the positions that the model read for nothing; None if it read none.
         skipped: nothing was learned, as a loss or norm is not finite.
     """
 
@@ -47,6 +49,7 @@ class Update:
     losses: dict[str, float]
     clip_losses: list[float]
     echo_weight: float
+    padding_share: float | None
     skipped: bool
 
 
@@ -75,20 +78,26 @@ class Updater:
             for clip, row in zip(step.clips, step.rows, strict=True)
             if row is not None
         }
-        rl = learner.backward_rollouts(
-            self.model,
-            batch,
-            self.config,
-            self.temperature,
-            self.optimizer.collect,
-            tokens,
-            weight / max(num_clips, 1),
-        )
-        norms = {"rl_grad_norm": self.optimizer.set_aside()}
+        every = self.config.grad_norms_every
+        measured = bool(every) and (optim_step + 1) % every == 0
         apart = [clip for clip, row in zip(step.clips, step.rows, strict=True) if row is None]
-        echo_loss, losses_apart = learner.backward_clips(
-            self.model, apart, weight, self.config.batch_tokens, self.optimizer.collect, num_clips
-        )
+        with counted(self.model) as reading:
+            rl = learner.backward_rollouts(
+                self.model,
+                batch,
+                self.config,
+                self.temperature,
+                self.optimizer.collect,
+                tokens,
+                weight / max(num_clips, 1),
+                self.optimizer.swap if measured else None,
+            )
+            norms = {"rl_grad_norm": self.optimizer.norm()}
+            self.optimizer.swap()
+            echo_loss, losses_apart = learner.backward_clips(
+                self.model, apart, weight, self.config.batch_tokens, self.optimizer.collect, num_clips
+            )
+        rows_read = [*batch.rows, *((clip.prompt_ids, clip.clip_ids) for clip in apart)]
         echo_loss += sum(rl.clip_losses.values()) / max(num_clips, 1)
         norms["echo_grad_norm"] = self.optimizer.norm()
         losses = {
@@ -96,7 +105,7 @@ class Updater:
             "rl_loss": rl.loss,
             "echo_loss": echo_loss,
             "grad_norm": self.optimizer.clip(),
-            **({} if tokens else norms),
+            **(norms if measured or not tokens else {}),
         }
         skipped = self.guard.refuses(optim_step, losses, batch, step.clips)
         if skipped:
@@ -105,4 +114,4 @@ class Updater:
             self.optimizer.step()
         waiting = iter(losses_apart)
         clip_losses = [next(waiting) if row is None else rl.clip_losses[row] for row in step.rows]
-        return Update(rl, losses, clip_losses, weight, skipped)
+        return Update(rl, losses, clip_losses, weight, reading.padding_share(rows_read), skipped)

@@ -22,16 +22,44 @@ from pipeline.config import MiningConfig, load_config
 
 
 @lake_command(
-    short_help="Write a night's report again.",
-    example="echomine report --night 2026-05-31",
+    short_help="Write a night's report again, or plot trainings.",
+    example="echomine report --train training-5d1c6f03a2b94e77",
 )
 @night_option("which night; default: the newest")
 @snapshot_option
+@click.option(
+    "--train",
+    "trainings",
+    metavar="RUN",
+    multiple=True,
+    help="plot the metrics of a training, given by its id or folder; several times: in one page",
+)
+@click.option(
+    "--html",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="with --train: where to write the page; default: report.html in the first training's folder",
+)
 def report(
-    lake: Path, config: Path | None, as_json: bool, night: datetime | None, snapshot: int | None
+    lake: Path,
+    config: Path | None,
+    as_json: bool,
+    night: datetime | None,
+    snapshot: int | None,
+    trainings: tuple[str, ...],
+    html: Path | None,
 ) -> None:
-    """Write a night's report again and say where it is."""
+    """Write a night's report again and say where it is.
+
+    With --train it is a page of a training's metrics instead, which may still be running.
+    """
     load_config(config)
+    if trainings:
+        if night is not None or snapshot is not None:
+            raise click.UsageError("--night and --snapshot are of a night's report, --train is of a training")
+        _report_trainings(lake, trainings, html, as_json)
+        return
+    if html is not None:
+        raise click.UsageError("--html goes with --train: a night's report lies in its run's folder")
     from pipeline.lake import Lake
     from pipeline.night_report import run_of_night, write_night_report
 
@@ -40,6 +68,18 @@ def report(
     path = write_night_report(opened, run_id, snapshot)
     if as_json:
         print_json({"run_id": run_id, "report": str(path)})
+    else:
+        click.echo(path)
+
+
+def _report_trainings(lake: Path, trainings: tuple[str, ...], html: Path | None, as_json: bool) -> None:
+    from pipeline.training_metrics import find_training
+    from pipeline.training_report import write_training_report
+
+    folders = list(dict.fromkeys(find_training(lake, name) for name in trainings))
+    path = write_training_report(folders, html or folders[0] / "report.html")
+    if as_json:
+        print_json({"trainings": [str(folder) for folder in folders], "report": str(path)})
     else:
         click.echo(path)
 

@@ -301,6 +301,18 @@ def test_a_shard_folder_that_cannot_be_written_is_named(refused, tmp_path):
     says(line, tmp_path / "file" / "shards", "Not a directory", "Choose another folder")
 
 
+def test_a_training_that_cannot_be_plotted_is_named(refused, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    says(refused("report", "--train", "nothing"), "`nothing`", "echomine train")
+    says(refused("report", "--train", "x" * 5000), "No folder and no id", "echomine train")
+    says(refused("report", "--train", empty), empty, "no metrics.jsonl")
+    (empty / "metrics.jsonl").write_text('{"optim_st')
+    says(refused("report", "--train", empty), "no whole optimizer step", "cut off")
+    says(refused("report", "--train", empty, "--night", "2026-05-31"), "--night", "of a night's report")
+    says(refused("report", "--html", tmp_path / "page.html"), "--html goes with --train")
+
+
 def test_training_without_shards_says_how_to_make_them(refused, tmp_path):
     line = refused("train", tmp_path / "none", "--lake", tmp_path / "new-lake")
     says(line, tmp_path / "none", "no shards", "echomine export shards")
@@ -317,6 +329,23 @@ def test_cut_off_shards_are_not_trained_on(refused, shards, tmp_path):
     file.write_bytes(file.read_bytes()[:-30])
     line = refused("train", shards, "--lake", tmp_path / "new-lake")
     says(line, file, "not as it was exported", "Export the shards again")
+
+
+def test_shards_of_a_newer_form_are_not_trained_on(refused, shards, tmp_path):
+    manifest = next(shards.rglob("manifest.json"))
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"schema_version": 2}))
+    says(refused("train", shards, "--lake", tmp_path / "new-lake"), manifest, "format 2", "Update EchoMine")
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [("model.safetensors", "no whole safetensors file"), ("echomine.json", "names no policy_version")],
+)
+def test_a_checkpoint_that_is_cut_off_costs_no_new_lake(refused, shards, tmp_path, file, message):
+    folder = model_copy(tmp_path)
+    (folder / "echomine.json").write_text('{"policy_version": 20}')
+    (folder / file).write_bytes((folder / file).read_bytes()[:12])
+    says(refused("train", shards, "--lake", tmp_path / "new-lake", "--model", folder), file, message)
 
 
 @pytest.fixture

@@ -26,6 +26,10 @@ def test_a_training_says_its_clip_loss_and_keeps_its_rollouts_and_uses(shards, t
     steps, losses = capfd.readouterr().out.splitlines()
     assert re.fullmatch(r"1 optimizer steps; checkpoint in .+/checkpoint", steps)
     assert re.fullmatch(r"EchoClip loss \d+\.\d{4} → \d+\.\d{4} nats/token", losses)
+    (folder,) = (tmp_path / "own" / "runs" / "train").iterdir()
+    assert main(["report", "--train", folder.name, "--lake", str(tmp_path / "own")]) == 0
+    assert capfd.readouterr().out == f"{folder / 'report.html'}\n"
+    assert "<h1>arith · grpo</h1>" in (folder / "report.html").read_text()
     with Lake.open(tmp_path / "own").reader() as reader:
         assert reader.rows("select count(*) as n from rollouts where origin = 'trainer'")[0]["n"] == 4
         assert reader.rows("select count(*) as n from clip_uses")[0]["n"] > 0
@@ -73,9 +77,15 @@ def test_an_objective_that_learns_from_experts_needs_some_in_the_lake(refused, s
     [
         (["--echo-weight", "-0.1"], "`train.echo_weight` in the options is -0.1"),
         (["--correction-cap", "2"], "`train.correction_cap` belongs to a correction"),
+        (
+            ["--objective", "grpo", "--config", "dapo.toml"],
+            "belongs to the objective dapo, and train.objective",
+        ),
     ],
 )
-def test_options_without_sense_are_refused(refused, shards, options, message):
+def test_options_without_sense_are_refused(refused, shards, tmp_path, monkeypatch, options, message):
+    (tmp_path / "dapo.toml").write_text("[train.dapo]\nclip_high = 0.3\n")
+    monkeypatch.chdir(tmp_path)
     assert message in refused("train", shards, *OPTIONS, *options)
 
 

@@ -20,10 +20,11 @@ from pipeline.mine import mine
 from pipeline.quarantine import Refused
 from pipeline.records import Prompt
 from pipeline.report import write_report
-from pipeline.report_charts import CLASS_COLOURS, classes_charts, training_charts
+from pipeline.report_charts import CLASS_COLOURS, classes_charts
 from pipeline.report_clips import clip_views
 from pipeline.report_text import embedded_json, number, percent, printable, with_newlines_marked
 from pipeline.rollouts import prompt_table
+from pipeline.training_charts import night_charts
 
 TAKE = "document.title='taken'"
 HOSTILE = (
@@ -257,11 +258,9 @@ def test_a_night_without_clips_training_or_history_is_reported(chromium, tmp_pat
 
 
 def test_a_training_without_a_finite_value_of_a_measure_has_no_chart_of_it():
-    charts = training_charts(
-        [{"optim_step": 0, "rl_loss": 0.1, "grad_norm": float("inf"), "echo_loss": None}]
-    )
+    charts = night_charts([{"optim_step": 0, "rl_loss": 0.1, "grad_norm": float("inf"), "echo_loss": None}])
     assert [chart.title for chart in charts] == ["RL loss"]
-    assert training_charts([]) == []
+    assert night_charts([]) == []
 
 
 def test_a_class_has_the_same_colour_whichever_classes_a_night_has():

@@ -21,9 +21,12 @@ from pipeline.objective_config import OWNERS
 from pipeline.records import Judgement, Policy, Run
 from pipeline.rollouts import Sampled, rollout_rows
 from pipeline.tokenization import tokenizer_hash
+from trainer.guard import Guard
 from trainer.learner import backward_clips, backward_rollouts
 from trainer.online import ONLINE, OnlineClips
+from trainer.optimizer import MasterAdamW
 from trainer.rollout_batch import Rollouts, rollout_batch
+from trainer.update import StepClips, Updater
 
 SAMPLING = SamplingConfig(group_size=4, max_tokens=20, stop=("0",))
 STEPS = {"optim_steps": 3, "prompts_per_step": 4, "group_size": 4, "echo_source": "online", "seed": 2}
@@ -115,6 +118,34 @@ def test_the_gradient_out_of_the_rollouts_pass_is_that_of_a_pass_of_its_own(make
     assert [joint.clip_losses[rows[place]] for _, place in found] == pytest.approx(losses, rel=1e-9)
     for name, param in model.named_parameters():
         torch.testing.assert_close(ours[name], param.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_each_terms_norm_out_of_the_pass_that_they_share_is_that_of_the_term_alone(
+    make, sampled, tmp_path, dtype
+):
+    config = TrainConfig(group_size=4, batch_tokens=60, echo_weight=0.5, grad_norms_every=2)
+    batch = rollout_batch(sampled, config, logprobs_known=True, max_tokens=20)
+    row_of = {place: row for row, place in enumerate(batch.places)}
+    found = finds(make, clips_per_group=2).of(sampled)
+    shared = [row_of[place] for _, place in found]
+
+    def losses(optim_step, clips, rows):
+        model = make.model(dtype=dtype)
+        optimizer = MasterAdamW(model, 1e-3, 0.0, 1e9)
+        updater = Updater(model, config, 1.0, optimizer, Guard(tmp_path, "training"))
+        return updater.update(batch, StepClips(clips, rows), optim_step).losses
+
+    clips = [clip for clip, _ in found]
+    measured, unmeasured = losses(1, clips, shared), losses(0, clips, shared)
+    apart, alone = losses(0, clips, [None] * len(clips)), losses(0, [], [])
+    tolerance = 1e-9 if dtype == torch.float64 else 0.05
+    assert "rl_grad_norm" not in unmeasured
+    assert measured["rl_grad_norm"] == pytest.approx(alone["grad_norm"], rel=tolerance)
+    assert measured["echo_grad_norm"] == pytest.approx(apart["echo_grad_norm"], rel=tolerance)
+    for name in ("loss", "grad_norm"):
+        assert measured[name] == pytest.approx(unmeasured[name], rel=tolerance)
+    assert min(measured["rl_grad_norm"], measured["echo_grad_norm"]) > 0.01
 
 
 @pytest.mark.parametrize("objective", OWNERS)
