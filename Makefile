@@ -7,8 +7,10 @@ BIN := $(VENV)/bin
 ACCELERATOR := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 LOCK := requirements-$(ACCELERATOR).lock
 READY := $(VENV)/ready-$(ACCELERATOR)
-# Tests of one file share what they start, such as a server, so a file stays with one worker.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
+# Tests of one file share what they start, such as a server, so a file stays with one worker. One worker more
+# than the smallest machine has cores, as tests of engines and servers wait much.
+WORKERS ?= 3
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

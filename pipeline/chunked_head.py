@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.head_blocks import Distribution, logits_gradient, targets_in
+
 
 class ChunkedHead(torch.autograd.Function):
     """∂log p_y/∂z = 1_y − p and ∂entropy/∂z = −p·(log p + entropy), with z divided by each temperature."""
@@ -31,22 +33,20 @@ class ChunkedHead(torch.autograd.Function):
         logprobs, entropies, normalizers, plain_normalizers = hidden.new_empty(4, len(hidden), dtype=exact)
         row_blocks, blocks = _blocks(len(hidden), len(weight), chunk_logits)
         for rows in row_blocks:
-            states = hidden[rows].to(exact)
-            sampled = plain = _Distribution(states)
+            states = hidden[rows].to(_factors(hidden, weight, exact))
+            sampled = plain = Distribution(len(states), temperature, like=logprobs)
             if entropy_temperature != temperature:
-                plain = _Distribution(states)
-            found = states.new_zeros(len(states))  # the targets' logits
+                plain = Distribution(len(states), entropy_temperature, like=logprobs)
+            found = logprobs.new_zeros(len(states))  # the targets' logits
             for columns in blocks:
-                logits = linear(states, weight, bias, columns)
-                if plain is not sampled:
-                    plain.add(logits / entropy_temperature)
-                if temperature != 1:
-                    logits /= temperature
-                place, here = _targets_in(columns, targets[rows])
+                logits = linear(states, weight, bias, columns, exact)
+                place, here = targets_in(logits.shape[1], targets[rows] - columns.start)
                 found += torch.where(here, logits.gather(1, place[:, None])[:, 0], 0)
+                if plain is not sampled:
+                    plain.add(logits.clone())
                 sampled.add(logits)
             normalizers[rows], plain_normalizers[rows] = sampled.normalizers(), plain.normalizers()
-            logprobs[rows], entropies[rows] = found - normalizers[rows], plain.entropies()
+            logprobs[rows], entropies[rows] = found / temperature - normalizers[rows], plain.entropies()
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight, bias, targets, entropies, normalizers, plain_normalizers)
         ctx.temperatures, ctx.chunk_logits = (temperature, entropy_temperature), chunk_logits
@@ -54,71 +54,35 @@ class ChunkedHead(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad_logprobs, grad_entropies = grads
-        hidden, weight, bias, targets, entropies, normalizers, plain_normalizers = ctx.saved_tensors
-        temperature, entropy_temperature = ctx.temperatures
+        hidden, weight, bias, targets, entropies, *normalizers = ctx.saved_tensors
+        exact = entropies.dtype
         # Gradients over all blocks add up in float32 before they are rounded.
-        grad_hidden = torch.zeros_like(hidden, dtype=entropies.dtype)
-        grad_weight = torch.zeros_like(weight, dtype=entropies.dtype)
+        grad_hidden = torch.zeros_like(hidden, dtype=exact)
+        grad_weight = torch.zeros_like(weight, dtype=exact)
         grad_bias = grad_weight.new_zeros(len(weight))
         row_blocks, blocks = _blocks(len(hidden), len(weight), ctx.chunk_logits)
         for rows in row_blocks:
-            states = hidden[rows].to(entropies.dtype)
+            states = hidden[rows].to(_factors(hidden, weight, exact))
             for columns in blocks:
-                logits = linear(states, weight, bias, columns)
-                grad = torch.zeros_like(logits)
-                if grad_logprobs is not None:
-                    pull = grad_logprobs[rows] / temperature
-                    grad -= pull[:, None] * torch.exp(logits / temperature - normalizers[rows, None])
-                    place, here = _targets_in(columns, targets[rows])
-                    grad.scatter_add_(1, place[:, None], torch.where(here, pull, 0)[:, None])
-                if grad_entropies is not None:
-                    log_p = logits / entropy_temperature - plain_normalizers[rows, None]
-                    pull = grad_entropies[rows] / entropy_temperature
-                    grad -= pull[:, None] * log_p.exp() * (log_p + entropies[rows, None])
-                grad_hidden[rows] += grad @ weight[columns].to(grad.dtype)
-                grad_weight[columns].addmm_(grad.T, states)
+                grad = logits_gradient(
+                    linear(states, weight, bias, columns, exact),
+                    targets[rows] - columns.start,
+                    [of_all[rows] for of_all in normalizers],
+                    entropies[rows],
+                    [None if pull is None else pull[rows] for pull in grads],
+                    ctx.temperatures,
+                )
                 if bias is not None:
                     grad_bias[columns] += grad.sum(0)
+                grad = grad.to(states.dtype)  # tensor cores', as autograd rounds that of bfloat16 logits
+                grad_hidden[rows] += _product(grad, weight[columns], exact)
+                grad_weight[columns] += _product(grad.T, states, exact)
         return (
             grad_hidden.to(hidden.dtype),
             grad_weight.to(weight.dtype),
             None if bias is None else grad_bias.to(bias.dtype),
             *(None,) * 4,
         )
-
-
-class _Distribution:
-    """Normalizer and entropy of rows of logits that come a block of the vocabulary at a time. R rows.
-
-    With m the greatest logit so far, s = Σ exp(z − m) and u = Σ exp(z − m)·(z − m), logsumexp z = m + log s
-    and entropy = log s − u/s. Since s ≥ 1 and u ≤ 0, rounding makes no entropy negative, no probability > 1.
-    """
-
-    def __init__(self, states: Tensor) -> None:
-        self.greatest = states.new_full((len(states),), -math.inf)
-        self.mass = states.new_zeros(len(states))
-        self.moment = states.new_zeros(len(states))
-
-    def add(self, logits: Tensor) -> None:
-        """Takes in logits [R, C], and overwrites them."""
-        greatest = torch.maximum(self.greatest, logits.amax(-1))
-        shift = (self.greatest - greatest).clamp(min=-1e4)  # −∞ before the first block
-        self.greatest = greatest
-        self.moment = shift.exp() * (self.moment + shift * self.mass)
-        self.mass = shift.exp() * self.mass
-        logits -= greatest[:, None]
-        weights = logits.exp()
-        self.mass += weights.sum(-1)
-        self.moment += weights.mul_(logits).sum(-1)
-
-    def normalizers(self) -> Tensor:
-        """[R] logsumexp of the logits."""
-        return self.greatest + self.mass.log()
-
-    def entropies(self) -> Tensor:
-        """[R] nats."""
-        return self.mass.log() - self.moment / self.mass
 
 
 def _blocks(num_rows: int, vocabulary: int, chunk_logits: int) -> tuple[list[slice], list[slice]]:
@@ -131,19 +95,28 @@ def _blocks(num_rows: int, vocabulary: int, chunk_logits: int) -> tuple[list[sli
     return list(_slices(num_rows, rows)), list(_slices(vocabulary, columns))
 
 
+def linear(states: Tensor, weight: Tensor, bias: Tensor | None, columns: slice, exact: torch.dtype) -> Tensor:
+    """Logits of some columns of the vocabulary in the precision `exact`; no other weights are cast."""
+    bias = None if bias is None else bias[columns].to(exact)
+    if states.dtype == exact:
+        logits: Tensor = torch.nn.functional.linear(states, weight[columns].to(exact), bias)
+        return logits
+    logits = _product(states, weight[columns].T, exact)
+    return logits if bias is None else logits.add_(bias)
+
+
+def _factors(hidden: Tensor, weight: Tensor, exact: torch.dtype) -> torch.dtype:
+    """The precision of what is multiplied: tensor cores add up products of bfloat16 in float32, exactly."""
+    halves = hidden.dtype in (torch.bfloat16, torch.float16) and hidden.dtype == weight.dtype
+    return hidden.dtype if halves and hidden.is_cuda else exact
+
+
+def _product(left: Tensor, right: Tensor, exact: torch.dtype) -> Tensor:
+    """Of two matrices, added up in the precision `exact`."""
+    if left.dtype == exact:
+        return left @ right.to(exact)
+    return torch.mm(left, right, out_dtype=exact)
+
+
 def _slices(total: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, total)) for start in range(0, total, size))
-
-
-def linear(states: Tensor, weight: Tensor, bias: Tensor | None, columns: slice = slice(None)) -> Tensor:
-    """Logits of some columns of the vocabulary, in the precision of `states`; no other weights are cast."""
-    bias = None if bias is None else bias[columns].to(states.dtype)
-    logits: Tensor = torch.nn.functional.linear(states, weight[columns].to(states.dtype), bias)
-    return logits
-
-
-def _targets_in(columns: slice, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each target stands within a block of the vocabulary, and whether it stands there at all."""
-    place = targets - columns.start
-    size = columns.stop - columns.start
-    return place.clamp(0, size - 1), (place >= 0) & (place < size)

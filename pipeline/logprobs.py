@@ -198,7 +198,7 @@ def check_head(model: PreTrainedModel) -> None:
         raise ModelError(f"{model.name_or_path} has no output embedding. Give a causal language model.")
     states = decoder(input_ids=ids, use_cache=False).last_hidden_state[0].float()
     bias = getattr(head, "bias", None)
-    ours = linear(states, head.weight, bias)
+    ours = linear(states, head.weight, bias, slice(None), torch.float32)
     theirs = model(input_ids=ids, use_cache=False).logits[0].float()
     scale = max(1.0, float(theirs.abs().max()))
     if ours.shape != theirs.shape or float((ours - theirs).abs().max()) > HEAD_TOLERANCE * scale:
