@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pipeline.chunked_head import ChunkedHead, linear
 from pipeline.errors import FormatError, ModelError
+from pipeline.packing import Sequences, can_pack, packed_attention
 from pipeline.records import Int32
 
 if TYPE_CHECKING:
@@ -93,8 +94,9 @@ def completion_logprobs(
 ) -> TokenStats:
     """Teacher-forced log-probs and entropies of each row's completion tokens, in one forward pass.
 
-    The rows are right padded together, so the caller bounds the padded tokens; only the positions that
-    predict a completion token go through the output embedding.
+    The rows are packed one after the other; where the model cannot do so, they are right padded together. The
+    caller bounds the tokens. Only the positions that predict a completion token go through the output
+    embedding.
 
     Args:
         precise: see `last_states`.
@@ -108,9 +110,7 @@ def completion_logprobs(
     if not lengths.sum():
         nothing = torch.zeros(0, device=model.device)
         return TokenStats(nothing, nothing, torch.as_tensor(lengths, device=model.device))
-    input_ids, predicting = _padded(rows, lengths)
-    # Padding stands on the right, where no token looks: plain causal attention needs no mask for it.
-    states = last_states(model, input_ids, precise=precise, use_cache=False).flatten(0, 1)
+    states, predicting = (_packed if can_pack(model) else _padded)(model, rows, lengths, precise)
     predicting_states = states.index_select(0, torch.as_tensor(predicting, device=model.device))
     targets = np.concatenate([completion for _, completion in rows])
     return head_stats(
@@ -166,23 +166,49 @@ def head_stats(
     return TokenStats(logprobs, entropies, torch.as_tensor(lengths, device=states.device))
 
 
-def _padded(rows: Sequence[Row], lengths: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The ids to feed, and which of their flat positions predict completion tokens. R rows, W wide.
+def _packed(
+    model: PreTrainedModel, rows: Sequence[Row], lengths: NDArray[np.int64], precise: bool
+) -> tuple[Tensor, NDArray[np.int64]]:
+    """[M, H] states of the rows' tokens, and which [N] of them predict completion tokens.
 
-    The last token of a row predicts nothing we ask for, so it is not fed.
-
-    Returns:
-        [R, W] ids, [N] positions.
+    Rows of equal length are neighbours, as attention over them is one call. The last token of a row predicts
+    nothing we ask for, so it is not fed; nor is a row without a completion.
     """
-    prompts = np.array([len(prompt) for prompt, _ in rows], dtype=np.int64)
-    fed = prompts + np.maximum(lengths - 1, 0)
+    fed = np.array([len(prompt) for prompt, _ in rows]) + lengths - 1
+    order = [int(row) for row in np.argsort(-fed, kind="stable") if lengths[row]]
+    ids = np.concatenate([np.concatenate((rows[row][0], rows[row][1][:-1])) for row in order])
+    sequences = Sequences.of([int(fed[row]) for row in order], model.device)
+    with packed_attention(model):
+        states = last_states(
+            model,
+            ids[None].astype(np.int64),
+            precise=precise,
+            use_cache=False,
+            position_ids=sequences.position_ids,
+            sequences=sequences,
+        )
+    ends = np.zeros(len(rows), dtype=np.int64)
+    ends[order] = np.cumsum(fed[order])
+    return states[0], _last_positions(ends, lengths)
+
+
+def _padded(
+    model: PreTrainedModel, rows: Sequence[Row], lengths: NDArray[np.int64], precise: bool
+) -> tuple[Tensor, NDArray[np.int64]]:
+    """[R · W, H] states of R rows of W tokens, and which [N] of them predict completion tokens."""
+    fed = np.array([len(prompt) for prompt, _ in rows]) + np.maximum(lengths - 1, 0)
     input_ids = np.zeros((len(rows), int(fed.max())), dtype=np.int64)
     for row, num_fed, (prompt, completion) in zip(input_ids, fed, rows, strict=True):
         row[: len(prompt)] = prompt
         row[len(prompt) : num_fed] = completion[:-1]
-    first = np.arange(len(rows)) * input_ids.shape[1] + prompts - 1  # [R] predicts each first token
-    ends = np.cumsum(lengths)
-    return input_ids, np.arange(ends[-1]) + np.repeat(first - ends + lengths, lengths)
+    # Padding stands on the right, where no token looks: plain causal attention needs no mask for it.
+    states = last_states(model, input_ids, precise=precise, use_cache=False).flatten(0, 1)
+    return states, _last_positions(np.arange(len(rows)) * input_ids.shape[1] + fed, lengths)
+
+
+def _last_positions(ends: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """[N] positions: the last `lengths` before each of `ends`, row after row."""
+    return np.arange(lengths.sum()) + np.repeat(ends - np.cumsum(lengths), lengths)
 
 
 @torch.no_grad()

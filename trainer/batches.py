@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+from pipeline.errors import ConfigError
+from pipeline.logprobs import Row
+from pipeline.packing import can_pack
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def step_batches(num_items: int, per_step: int, seed: int, stream: int) -> Iterator[list[int]]:
@@ -46,11 +55,46 @@ class Cursor:
             self.take()
 
 
-def micro_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Row indices cut into forward passes of at most `batch_tokens` padded tokens each.
+def forward_batches(model: PreTrainedModel, rows: Sequence[Row], batch_tokens: int) -> list[list[int]]:
+    """Row indices cut into forward passes of at most `batch_tokens` tokens each, padding included.
 
-    Rows of like length go together, longest first, so that little is padding and the largest pass comes
-    first (memory that suffices for it suffices for all). A row longer than the budget goes alone.
+    Raises:
+        ConfigError: a row is longer.
+    """
+    lengths = [len(prompt) + len(completion) for prompt, completion in rows]
+    if max(lengths, default=0) > batch_tokens:
+        raise ConfigError(
+            f"{max(lengths)} tokens, a prompt and what follows it, do not fit train.batch_tokens = "
+            f"{batch_tokens}. Raise it, or lower sampling.max_tokens, or leave out longer clips and experts."
+        )
+    return (packed_batches if can_pack(model) else padded_batches)(lengths, batch_tokens)
+
+
+def packed_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Rows by best fit, the longest first: each goes where it leaves the least room, or begins a pass.
+
+    Args:
+        lengths: tokens of each row, prompt included.
+    """
+    passes: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (tokens that a pass has left, which pass), ascending
+    for row in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        place = bisect_left(rooms, (lengths[row], 0))
+        if place == len(rooms):
+            room, number = batch_tokens, len(passes)
+            passes.append([])
+        else:
+            room, number = rooms.pop(place)
+        passes[number].append(row)
+        insort(rooms, (room - lengths[row], number))
+    return passes
+
+
+def padded_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Rows of like length together, the longest first, so that little is padding.
+
+    The largest pass comes first: memory that suffices for it suffices for all. A row longer than the budget
+    goes alone.
 
     Args:
         lengths: tokens of each row, prompt included.

@@ -15,7 +15,7 @@ from pipeline.config import TrainConfig
 from pipeline.logprobs import Row, TokenStats, completion_logprobs
 from pipeline.records import Float32
 from trainer import objectives
-from trainer.batches import micro_batches
+from trainer.batches import forward_batches
 from trainer.policy_loss import BatchCounts, LossFigures, PolicyTokens, needs_entropy_gradient, policy_loss
 from trainer.rollout_batch import RolloutBatch
 
@@ -72,7 +72,7 @@ def backward_rollouts(
     counts = _counts(batch)
     loss, gap, figures = 0.0, 0.0, None
     logprobs: list[Float32] = [np.zeros(0, dtype=np.float32)] * len(batch.rows)
-    for part in micro_batches([_tokens(row) for row in batch.rows], config.batch_tokens):
+    for part in forward_batches(model, batch.rows, config.batch_tokens):
         stats = completion_logprobs(
             model,
             [batch.rows[i] for i in part],
@@ -172,7 +172,7 @@ def backward_clips(
     rows: list[Row] = [(clip.prompt_ids, clip.clip_ids) for clip in clips]
     per_clip = [0.0] * len(clips)
     loss = 0.0
-    for part in micro_batches([_tokens(row) for row in rows], batch_tokens):
+    for part in forward_batches(model, rows, batch_tokens):
         with torch.set_grad_enabled(echo_weight > 0):
             stats = completion_logprobs(model, [rows[i] for i in part])
             losses = objectives.clip_losses(stats.logprobs, stats.lengths)
@@ -191,7 +191,3 @@ def mean_clip_loss(model: PreTrainedModel, clips: Sequence[Clip], batch_tokens: 
         return None
     spaced = clips[:: math.ceil(len(clips) / MAX_MEASURED_CLIPS)]
     return backward_clips(model, spaced, 0.0, batch_tokens)[0]
-
-
-def _tokens(row: Row) -> int:
-    return len(row[0]) + len(row[1])

@@ -5,7 +5,7 @@ from itertools import islice
 
 import pytest
 
-from trainer.batches import micro_batches, step_batches
+from trainer.batches import padded_batches, step_batches
 
 
 def taken(num_items, per_step, steps, seed=0, stream=0):
@@ -33,17 +33,17 @@ def test_nothing_to_take_gives_empty_steps():
     assert taken(0, 4, 2) == taken(5, 0, 2) == [[], []]
 
 
-def test_micro_batches_keep_every_row_once_within_the_padded_budget():
+def test_padded_batches_keep_every_row_once_within_the_padded_budget():
     lengths = [5, 30, 7, 7, 12, 1, 29, 3, 16]
-    passes = micro_batches(lengths, batch_tokens=32)
+    passes = padded_batches(lengths, batch_tokens=32)
     assert sorted(row for rows in passes for row in rows) == list(range(9))
     assert all(max(lengths[i] for i in rows) * len(rows) <= 32 for rows in passes)
     assert passes == [[1], [6], [8, 4], [2, 3, 0, 7], [5]]
 
 
 def test_a_row_longer_than_the_budget_goes_alone():
-    assert micro_batches([4, 100, 4], batch_tokens=8) == [[1], [0, 2]]
+    assert padded_batches([4, 100, 4], batch_tokens=8) == [[1], [0, 2]]
 
 
 def test_no_rows_need_no_pass():
-    assert micro_batches([], batch_tokens=8) == []
+    assert padded_batches([], batch_tokens=8) == []

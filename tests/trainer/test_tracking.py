@@ -8,6 +8,7 @@ from loop_helpers import CONFIG, Training
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline.logprobs import completion_logprobs
+from pipeline.packing import can_pack
 from pipeline.training_metrics import EVENTS
 from trainer.padding import counted
 from trainer.tracking import open_tracks, scalars
@@ -36,6 +37,7 @@ def test_without_tensorboard_only_the_lines_are_written(make, tmp_path):
 
 
 def test_padding_is_what_a_forward_pass_reads_and_no_row_needs(model):
+    model.gradient_checkpointing_enable()  # with which rows are padded
     ids = np.arange(2, 12, dtype=np.int32)
     rows = [(ids[:3], ids[:6]), (ids[:2], ids[:1]), (ids[:4], ids[:0])]
     with counted(model) as reading:
@@ -45,6 +47,12 @@ def test_padding_is_what_a_forward_pass_reads_and_no_row_needs(model):
     assert reading.padding_share(rows) == pytest.approx(1 - (8 + 2) / 24)
     completion_logprobs(model, rows)
     assert reading.num_positions == 24
+    model.gradient_checkpointing_disable()
+    assert can_pack(model)
+    with counted(model) as reading:
+        completion_logprobs(model, rows)
+    assert reading.num_positions == 8 + 2
+    assert reading.padding_share(rows) == 0
 
 
 def test_lags_count_from_the_policies_that_sampled_the_clips(make, tmp_path):
