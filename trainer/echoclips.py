@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,3 +90,9 @@ class EchoClips:
                 raise FormatError(
                     f"All clips in {self._stream.shards.folder} were withdrawn. Mine and export again."
                 )
+
+
+def check_echo_weight(echo_weight: float) -> None:
+    """Raises ConfigError where λ is negative or no number."""
+    if not (math.isfinite(echo_weight) and echo_weight >= 0):
+        raise ConfigError(f"`echo_weight` is {echo_weight}. Give a number, 0 or more.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from pipeline.errors import ConfigError, said
 from pipeline.logprobs import check_head
-from trainer.echoclips import EchoClips
+from trainer.echoclips import EchoClips, check_echo_weight
 
 try:
     from trl import GRPOTrainer
@@ -54,8 +53,7 @@ class EchoGRPOTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL has no types
             ModelError: the model caps or scales its logits.
             FormatError: see `EchoClips`.
         """
-        if not (math.isfinite(echo_weight) and echo_weight >= 0):
-            raise ConfigError(f"`echo_weight` is {echo_weight}. Give a number, 0 or more.")
+        check_echo_weight(echo_weight)
         super().__init__(*args, **kwargs)
         check_whole_weights(self.accelerator.distributed_type)
         check_head(self.model.eval())  # dropout would make a difference; training sets its mode itself
