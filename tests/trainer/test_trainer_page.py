@@ -10,7 +10,7 @@ from arith_shards import export_arith_shards
 from pipeline.models import PROJECT
 
 EXAMPLES = re.findall(r"```python\n(.*?)```", (PROJECT / "docs" / "trainer.md").read_text(), re.DOTALL)
-LOOP, STREAM, TRL = EXAMPLES
+LOOP, STREAM, TRL, VERL, PRIME_RL = EXAMPLES
 
 
 @pytest.fixture
@@ -45,3 +45,21 @@ def test_the_trl_example_of_the_page_trains_ten_steps_and_logs_echo_loss():
     logged = [line for line in names["trainer"].state.log_history if "echo_loss" in line]
     assert [line["step"] for line in logged] == list(range(1, 11))
     assert all(line["echo_loss"] > 0 for line in logged)
+
+
+@pytest.mark.usefixtures("folder")
+def test_the_verl_example_of_the_page_adds_the_clips_to_verls_loss():
+    names = {}
+    exec(VERL, names)
+    assert len(names["batch"]["responses"]) == 4 + len(names["echo_rows"].clips.next_batch())
+    assert names["metrics"]["actor/echo_term"] == pytest.approx(0.001)  # log-probs of −1, so a loss of 1
+    assert (names["logprobs"].grad[4:] < 0).any()
+
+
+@pytest.mark.usefixtures("folder")
+def test_the_prime_rl_example_of_the_page_has_samples_of_a_step():
+    names = {}
+    exec(PRIME_RL, names)
+    assert {len(row["token_ids"]) for row in names["step"]} == {
+        len(row["ce_weights"]) for row in names["step"]
+    }
