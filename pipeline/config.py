@@ -180,7 +180,7 @@ class TrainConfig(ObjectiveConfig):
     lr: float = Field(2e-5, gt=0, description="AdamW learning rate")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
-    batch_tokens: int = Field(16384, ge=1, description="padded tokens in one forward pass")
+    batch_tokens: int = Field(16384, ge=1, description="tokens in one forward pass, padding included")
     seed: int = Field(0, ge=0, description="order of prompts and clips, and on-policy noise")
     checkpoint_every: int = Field(
         10, ge=0, description="optimizer steps between states that a killed training goes on from; 0: none"
@@ -194,6 +194,9 @@ class TrainConfig(ObjectiveConfig):
         "a forward pass (clips online); each costs a second backward pass; 0: none",
     )
     tensorboard: bool = Field(True, description="write TensorBoard's event files beside metrics.jsonl")
+    engine: Literal["model", "vllm"] = Field(
+        "model", description="what samples: the model itself, or vLLM, given its weights after each step"
+    )
 
     def of_steps(self) -> dict[str, Any]:
         """What decides the steps, as JSON values: not how they are kept and shown."""

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from pipeline import schema
 from pipeline.config import EngineConfig, MiningConfig, SamplingConfig, TrainConfig, VerifyConfig
+from pipeline.engines.base import Engine, UpdatableEngine
+from pipeline.engines.choice import open_engine
 from pipeline.engines.transformers import TransformersEngine
 from pipeline.experts import experts_of
 from pipeline.forgotten import Forgotten
@@ -27,9 +30,13 @@ from pipeline.rollouts import Sampled, rollout_rows
 from pipeline.shards import load_clips
 from pipeline.tokenization import completion_text, load_tokenizer
 from pipeline.training_metrics import METRICS
+from trainer.live_engine import LiveEngine
 from trainer.loop import train
 from trainer.metrics import StepMetrics
 from trainer.tracking import write_settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def train_on_shards(
@@ -79,8 +86,8 @@ def train_on_shards(
     if done.is_file():
         return _with_metrics(json.loads(done.read_text()), folder)
     model = load_model(model_folder, engine_config.device, engine_config.dtype)
-    engine = TransformersEngine(model, tokenizer, engine_config.entropy_kind)
-    with VerifierPool(verify) as pool:
+    opened = _engine(config, engine_config, model, tokenizer, model_folder, folder)
+    with VerifierPool(verify) as pool, closing(opened) as engine:
 
         def judge(groups: Sequence[Group]) -> list[list[Judgement]]:
             return pool.judge(
@@ -135,6 +142,22 @@ def train_on_shards(
     partial.write_text(json.dumps(summary, indent=2) + "\n")
     os.replace(partial, done)
     return _with_metrics(summary, folder)
+
+
+def _engine(
+    config: TrainConfig,
+    engine_config: EngineConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    model_folder: Path,
+    folder: Path,
+) -> Engine:
+    """What samples from `model`, which was loaded from `model_folder`."""
+    if config.engine == "model":
+        return TransformersEngine(model, tokenizer, engine_config.entropy_kind)
+    engine = open_engine(model_folder, tokenizer, engine_config.model_copy(update={"kind": config.engine}))
+    assert isinstance(engine, UpdatableEngine)
+    return LiveEngine(engine, model, folder / "weights")
 
 
 def _uses(training_id: str, uses: Sequence[tuple[str, int, float]]) -> pa.Table:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -19,12 +20,16 @@ from reference import (
 from transformers import PreTrainedModel
 from vllm_engines import EXACT, TOKENIZER, agreement, nan_model, narrow_model, opened, sampled, scaled_model
 
-from pipeline.config import SamplingConfig
+from pipeline.config import SamplingConfig, TrainConfig
 from pipeline.engines import tap
 from pipeline.engines.base import Engine, UpdatableEngine
 from pipeline.engines.vllm import VllmEngine
 from pipeline.errors import EngineError, PromptError
+from pipeline.models import load_model
 from pipeline.prompts import prompt_messages_ids
+from pipeline.records import Group, Judgement
+from trainer.live_engine import LiveEngine
+from trainer.loop import train
 
 
 def test_a_batch_of_more_requests_than_run_at_once_gives_the_tokens_of_the_transformers_engine(
@@ -91,6 +96,36 @@ def test_weights_are_exchanged_in_the_running_engine(
     assert min(of.max() for of in differences(exact, groups)) > 0.01
     # and back, with nothing of the other weights left in the cache
     assert ids_by_prompt(sampled(plain, requests, sampling)) == ids_by_prompt(before)
+
+
+def test_a_training_samples_each_step_from_the_weights_that_the_last_one_left(
+    plain: VllmEngine, tmp_path: Path
+) -> None:
+    model = load_model(ARITH / "model", "cpu", "float32")
+    engine, editions, rollouts = LiveEngine(plain, model, tmp_path / "weights"), [deepcopy(model)], []
+
+    def judge(groups: Sequence[Group]) -> list[list[Judgement]]:
+        return [[Judgement(float(i % 2)) for i in range(len(group.samples))] for group in groups]
+
+    config = TrainConfig(
+        optim_steps=3, prompts_per_step=4, group_size=4, clips_per_step=0, lr=1e-3, checkpoint_every=0
+    )  # fmt: skip
+    core = plain._cores[0]
+    try:
+        train(
+            model, TOKENIZER, engine, arith_prompts(12), [], config, SamplingConfig(max_tokens=32), judge,
+            lambda groups, *_: rollouts.append(list(groups)), lambda _: None, tmp_path / "run", "training", 0,
+            progress=lambda _: editions.append(deepcopy(model)),
+        )  # fmt: skip
+    finally:
+        plain.update_weights(ARITH / "model")
+    assert (plain._cores[0], engine.num_updates) == (core, 2)
+    for step in (1, 2):
+        for told in differences(editions[step].double(), rollouts[step]):
+            assert told.max() <= EXACT
+        assert differences(editions[step - 1].double(), rollouts[step])[0].max() > 0.01
+    engine_folders = list((tmp_path / "weights").iterdir())
+    assert len(engine_folders) == 1, "what is no longer needed goes"
 
 
 @pytest.mark.parametrize("other", [narrow_model, Path.mkdir], ids=["another hidden size", "no weights"])
