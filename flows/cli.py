@@ -39,9 +39,8 @@ CLOSED_PIPE = 141
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code; a user's mistake is one line on standard error."""
     try:
-        echomine.main(
-            args=None if arguments is None else list(arguments), prog_name="echomine", standalone_mode=False
-        )
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        echomine.main(args=given, prog_name="echomine", standalone_mode=False, obj=tuple(given))
         sys.stdout.flush()
     except EchoMineError as error:
         click.echo(f"echomine: {error}", err=True)

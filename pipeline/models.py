@@ -60,7 +60,7 @@ def load_model(folder: Path, device: str = "auto", dtype: str = "auto") -> PreTr
     Raises:
         ModelError: the files are damaged, there is no such device, or it has no room for the model.
     """
-    on_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    on_cuda = is_on_cuda(device)
     if on_cuda and not torch.cuda.is_available():
         raise ModelError(f"There is no CUDA device for `engine.device = {device}`. Set it to auto or cpu.")
     kind = torch.bfloat16 if dtype == "bfloat16" or (dtype == "auto" and on_cuda) else torch.float32
@@ -78,6 +78,11 @@ def load_model(folder: Path, device: str = "auto", dtype: str = "auto") -> PreTr
         ) from error
     model.requires_grad_(True).train(False)
     return model
+
+
+def is_on_cuda(device: str) -> bool:
+    """Whether `engine.device` means a GPU: auto does if there is one."""
+    return device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -14,6 +15,9 @@ from pipeline.packing import can_pack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+FAIR_SHARE = 1.1  # of the tokens: rows do not fill equal passes to the brim
 
 
 def step_batches(num_items: int, per_step: int, seed: int, stream: int) -> Iterator[list[int]]:
@@ -55,8 +59,12 @@ class Cursor:
             self.take()
 
 
-def forward_batches(model: PreTrainedModel, rows: Sequence[Row], batch_tokens: int) -> list[list[int]]:
+def forward_batches(
+    model: PreTrainedModel, rows: Sequence[Row], batch_tokens: int, num_processes: int = 1
+) -> list[list[int]]:
     """Row indices cut into forward passes of at most `batch_tokens` tokens each, padding included.
+
+    Several processes that share the passes get smaller ones where there were fewer than processes.
 
     Raises:
         ConfigError: a row is longer.
@@ -67,6 +75,9 @@ def forward_batches(model: PreTrainedModel, rows: Sequence[Row], batch_tokens: i
             f"{max(lengths)} tokens, a prompt and what follows it, do not fit train.batch_tokens = "
             f"{batch_tokens}. Raise it, or lower sampling.max_tokens, or leave out longer clips and experts."
         )
+    if num_processes > 1:
+        fair = math.ceil(FAIR_SHARE * sum(lengths) / num_processes)
+        batch_tokens = min(batch_tokens, max(fair, *lengths, 1))
     return (packed_batches if can_pack(model) else padded_batches)(lengths, batch_tokens)
 
 

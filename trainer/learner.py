@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +19,7 @@ from pipeline.records import Float32
 from trainer import objectives
 from trainer.batches import forward_batches
 from trainer.policy_loss import BatchCounts, LossFigures, PolicyTokens, needs_entropy_gradient, policy_loss
+from trainer.ranks import ALONE, Ranks
 from trainer.rollout_batch import RolloutBatch
 
 if TYPE_CHECKING:
@@ -54,6 +57,7 @@ def backward_rollouts(
     clip_tokens: Mapping[int, int] | None = None,
     clip_weight: float = 0.0,
     swap: Callable[[], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> RolloutPass:
     """Add the gradient of the objective's loss to the model's parameters.
 
@@ -67,12 +71,13 @@ def backward_rollouts(
         clip_weight: what each such clip's loss is multiplied by: λ over the step's clips.
         swap: called before and after what the clips' own backward passes collect; by default one pass gives
             the sum of both gradients.
+        ranks: each process takes its share of the forward passes; all get what came of all.
     """
     clip_losses: dict[int, float] = {}
     counts = _counts(batch)
     loss, gap, figures = 0.0, 0.0, None
     logprobs: list[Float32] = [np.zeros(0, dtype=np.float32)] * len(batch.rows)
-    for part in forward_batches(model, batch.rows, config.batch_tokens):
+    for part, is_mine in ranks.share(forward_batches(model, batch.rows, config.batch_tokens, ranks.size)):
         stats = completion_logprobs(
             model,
             [batch.rows[i] for i in part],
@@ -89,7 +94,9 @@ def backward_rollouts(
             _backward(of_clips, collect)
             swap()
         else:
-            _backward(part_loss + of_clips, collect)
+            _backward((part_loss + of_clips) * (ranks.size * is_mine), collect)
+        if not is_mine:
+            continue
         loss += part_loss.item()
         clip_losses |= {row: of_clip.item() for row, of_clip in echo.items()}
         figures = part_figures if figures is None else figures + part_figures
@@ -100,7 +107,30 @@ def backward_rollouts(
         for i, of_row in zip(part, np.split(ours.cpu().numpy(), ends[:-1]), strict=True):
             logprobs[i] = of_row
     known_gap = None if batch.engine_logprobs is None else gap
-    return RolloutPass(loss, figures, known_gap, logprobs, clip_losses)
+    return _of_all(ranks, RolloutPass(loss, figures, known_gap, logprobs, clip_losses), batch)
+
+
+def _of_all(ranks: Ranks, found: RolloutPass, batch: RolloutBatch) -> RolloutPass:
+    """What every process found of its rows, put together."""
+    if ranks.size == 1 or not batch.rows:
+        return found
+    lengths = [len(completion) for _, completion in batch.rows]
+    known = [
+        of_row if len(of_row) else np.zeros(length, dtype=np.float32)  # another process had the row
+        for of_row, length in zip(found.logprobs, lengths, strict=True)
+    ]
+    logprobs = ranks.total(torch.from_numpy(np.concatenate(known))).numpy()
+    figures = None if found.figures is None else found.figures.as_dict()
+    said = (found.loss, figures, found.logprob_gap, list(found.clip_losses.items()))
+    losses, all_figures, gaps, clip_losses = zip(*ranks.gathered(said), strict=True)
+    told = [LossFigures.of(one, batch.advantages.device) for one in all_figures if one is not None]
+    return RolloutPass(
+        sum(losses),
+        reduce(operator.add, told),
+        None if found.logprob_gap is None else max(gaps),
+        np.split(logprobs, np.cumsum(lengths)[:-1]),
+        {row: value for of_rank in clip_losses for row, value in of_rank},
+    )
 
 
 def _backward(loss: Tensor, collect: Callable[[], None] | None, *, retain_graph: bool = False) -> None:
@@ -159,12 +189,14 @@ def backward_clips(
     batch_tokens: int,
     collect: Callable[[], None] | None = None,
     num_clips: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[float, list[float]]:
     """Add the gradient of λ × the EchoClip loss to the model's parameters.
 
     Args:
         echo_weight: λ; with 0 the losses are computed and no gradient.
         num_clips: what the sum over the clips is divided by; by default how many they are.
+        ranks: see `backward_rollouts`.
 
     Returns:
         the EchoClip loss before λ, and each clip's mean negative log-likelihood, nats per token.
@@ -172,16 +204,20 @@ def backward_clips(
     rows: list[Row] = [(clip.prompt_ids, clip.clip_ids) for clip in clips]
     per_clip = [0.0] * len(clips)
     loss = 0.0
-    for part in forward_batches(model, rows, batch_tokens):
+    for part, is_mine in ranks.share(forward_batches(model, rows, batch_tokens, ranks.size)):
         with torch.set_grad_enabled(echo_weight > 0):
             stats = completion_logprobs(model, [rows[i] for i in part])
             losses = objectives.clip_losses(stats.logprobs, stats.lengths)
             weights = torch.tensor([clips[i].weight for i in part], device=losses.device)
             part_loss = objectives.echo_clip_loss(losses, weights, num_clips=num_clips or len(clips))
-        _backward(echo_weight * part_loss, collect)
+        _backward(echo_weight * part_loss * (ranks.size * is_mine), collect)
+        if not is_mine:
+            continue
         loss += part_loss.item()
         for i, value in zip(part, losses.tolist(), strict=True):
             per_clip[i] = value
+    if rows:
+        loss, *per_clip = ranks.total(torch.tensor([loss, *per_clip], dtype=torch.float64)).tolist()
     return loss, per_clip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,22 +13,24 @@ import torch
 
 from pipeline.config import MiningConfig, SamplingConfig, TrainConfig
 from pipeline.engines.base import Engine
-from pipeline.errors import ConfigError
-from pipeline.experts import Expert, check_experts
+from pipeline.experts import Expert
 from pipeline.logprobs import check_head
-from pipeline.objective_checks import idle_option, sampled_logprobs_known
+from pipeline.objective_checks import sampled_logprobs_known
 from pipeline.records import Prompt
 from pipeline.tokenization import tokenizer_hash
 from trainer import learner
 from trainer.checkpoints import save_checkpoint
+from trainer.checks import check_options, check_stock
 from trainer.clip_schedule import ClipSchedule
 from trainer.guard import Guard
 from trainer.metrics import StepMetrics, TrainingResult
 from trainer.online import OnlineClips
 from trainer.optimizer import MasterAdamW
+from trainer.ranks import ALONE, Ranks
 from trainer.resume import Resumption, identity
 from trainer.rollout_batch import RolloutBatch, Rollouts, rollout_batch
 from trainer.sampling import Judge, OnRollouts, RolloutSource
+from trainer.sharding import SharedEngine, copy_back, sharded, shared_judge
 from trainer.step_metrics import step_metrics
 from trainer.tracking import open_tracks
 from trainer.update import StepClips, Updater
@@ -73,6 +76,7 @@ def train(
     progress: Callable[[StepMetrics], None] | None = None,
     rules: MiningConfig | None = None,
     experts: Mapping[str, Sequence[Expert]] | None = None,
+    ranks: Ranks = ALONE,
 ) -> TrainingResult:
     """Train the model in place for `config.optim_steps`, and leave `folder/checkpoint` and `metrics.jsonl`.
 
@@ -92,6 +96,7 @@ def train(
         progress: called after each step.
         rules: what counts as success and as equal rewards; by default as mining's defaults have it.
         experts: by prompt_id, for LUFFY and UFT.
+        ranks: all processes call this with the same arguments, and the first one writes.
 
     Raises:
         ConfigError: there are neither prompts nor clips, an option would have no effect, the objective
@@ -101,18 +106,22 @@ def train(
         FormatError: a clip does not fit the model.
     """
     prompts = list({prompt.prompt_id: prompt for prompt in prompts}.values())
-    _check_stock(prompts, clips, config)
-    _check_options(prompts, experts or {}, config, sampling, engine)
+    check_stock(prompts, clips, config)
+    check_options(prompts, experts or {}, config, sampling, engine)
     torch.manual_seed(config.seed)
     policy_model.train(False)  # dropout would set the learner's log-probs apart from the sampler's
     check_head(policy_model)
     rules, known = rules or MiningConfig(), experts or {}
+    learned, own = sharded(policy_model, ranks), ranks.own(folder)
+    if ranks.size > 1:
+        engine = SharedEngine(engine, ranks, lambda: copy_back(learned, policy_model))
+        judge = shared_judge(judge, ranks)
     source = RolloutSource(engine, prompts, known, config, sampling, rules, judge, on_rollouts, training_id)
     hashed = tokenizer_hash(tokenizer)
     finds = OnlineClips(tokenizer, hashed, rules, config.group_size, training_id)
     schedule = ClipSchedule(() if config.echo_source == "online" else clips, config)
-    optimizer = MasterAdamW(policy_model, config.lr, config.weight_decay, config.max_grad_norm)
-    updater = Updater(policy_model, config, sampling.temperature, optimizer, Guard(folder, training_id))
+    optimizer = MasterAdamW(learned, config.lr, config.weight_decay, config.max_grad_norm, ranks)
+    updater = Updater(learned, config, sampling.temperature, optimizer, Guard(own, training_id), ranks)
     named = identity(policy_model, hashed, training_id, config, sampling, rules, prompts, clips, known)
     training = _Training(
         config,
@@ -127,8 +136,11 @@ def train(
         on_clip_uses,
     )
     echo_before = learner.mean_clip_loss(policy_model, clips, config.batch_tokens)
-    steps = _run(training, folder, start_policy_version, progress)
+    steps = _run(training, own, start_policy_version, progress)
+    copy_back(learned, policy_model)
     num_good = sum(not step.skipped for step in steps)
+    if not ranks.is_first:
+        shutil.rmtree(own)
     return TrainingResult(
         training_id=training_id,
         optim_steps=len(steps),
@@ -139,7 +151,9 @@ def train(
         num_rollouts=source.num_rollouts,
         num_clip_uses=training.schedule.num_uses,
         num_skipped=len(steps) - num_good,
-        checkpoint=save_checkpoint(
+        checkpoint=folder / "checkpoint"
+        if not ranks.is_first
+        else save_checkpoint(
             policy_model,
             tokenizer,
             folder / "checkpoint",
@@ -215,36 +229,3 @@ def _batch(training: _Training, rollouts: Rollouts) -> RolloutBatch:
         max_tokens=training.sampling.max_tokens,
         reward_tolerance=training.rules.reward_tolerance,
     )
-
-
-def _check_stock(prompts: Sequence[Prompt], clips: Sequence[Clip], config: TrainConfig) -> None:
-    if config.optim_steps and not prompts and not (clips and config.clips_per_step):
-        raise ConfigError(
-            "There are neither prompts nor clips to train on. "
-            "Give prompts, mine clips, or set train.optim_steps to 0."
-        )
-    if config.echo_source != "shards" and not prompts:
-        raise ConfigError(
-            f"train.echo_source is {config.echo_source}, and there are no prompts to sample groups of. "
-            "Give prompts, or take clips of shards."
-        )
-
-
-def _check_options(
-    prompts: Sequence[Prompt],
-    experts: Mapping[str, Sequence[Expert]],
-    config: TrainConfig,
-    sampling: SamplingConfig,
-    engine: Engine,
-) -> None:
-    known = sampled_logprobs_known(engine.logprobs_kind, sampling)
-    why = idle_option(config, sampling.max_tokens, sampling.temperature, known)
-    if why is not None:
-        raise ConfigError(f"{why}.")
-    if config.optim_steps and prompts:
-        check_experts(experts, prompts, config.objective)
-    if config.echo_source != "shards" and engine.entropy_kind is None:
-        raise ConfigError(
-            f"train.echo_source is {config.echo_source}, but the engine tells no entropies, by which clips "
-            "are found. Sample with another engine, or take clips of shards."
-        )

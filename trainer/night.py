@@ -18,6 +18,7 @@ from pipeline.config import EngineConfig, MiningConfig, SamplingConfig, TrainCon
 from pipeline.engines.base import Engine, UpdatableEngine
 from pipeline.engines.choice import open_engine
 from pipeline.engines.transformers import TransformersEngine
+from pipeline.errors import ConfigError
 from pipeline.experts import experts_of
 from pipeline.forgotten import Forgotten
 from pipeline.hashing import content_id
@@ -33,6 +34,7 @@ from pipeline.training_metrics import METRICS
 from trainer.live_engine import LiveEngine
 from trainer.loop import train
 from trainer.metrics import StepMetrics
+from trainer.ranks import ALONE, Ranks
 from trainer.tracking import write_settings
 
 if TYPE_CHECKING:
@@ -52,16 +54,19 @@ def train_on_shards(
     verify: VerifyConfig,
     rules: MiningConfig,
     progress: Callable[[StepMetrics], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Trains the model on-policy beside the shards' clips, or those of its own batches.
 
     The same training is done once.
 
     Its rollouts enter the lake with origin `trainer`, each clip's use goes to `clip_uses`, and the folder
-    `runs/<run>/training-<id>` gets `metrics.jsonl`, `checkpoint/` and `training.json`.
+    `runs/<run>/training-<id>` gets `metrics.jsonl`, `checkpoint/` and `training.json`. Of several processes
+    (`ranks`) the first one writes.
 
     Returns:
-        the training's result as plain values, with `folder` and `metrics` (one dict per step).
+        the training's result as plain values, in the first process with `folder` and `metrics` (one dict
+        per step).
     """
     tokenizer = load_tokenizer(model_folder)
     policy = policy_of(model_folder, model_name, tokenizer)
@@ -86,6 +91,8 @@ def train_on_shards(
     if done.is_file():
         return _with_metrics(json.loads(done.read_text()), folder)
     model = load_model(model_folder, engine_config.device, engine_config.dtype)
+    if ranks.size > 1 and config.engine == "vllm":
+        raise ConfigError("train.engine = vllm samples for one process. Set it to model, or train with one.")
     opened = _engine(config, engine_config, model, tokenizer, model_folder, folder)
     with VerifierPool(verify) as pool, closing(opened) as engine:
 
@@ -99,6 +106,8 @@ def train_on_shards(
             groups: Sequence[Group], judgements: Sequence[Sequence[Judgement]], policy_version: int
         ) -> None:
             # The weights between two optimizer steps have no file; the version tells them apart.
+            if not ranks.is_first:
+                return
             now = Policy(model_name, policy.weights_hash, policy.tokenizer_hash, policy_version)
             sampled = Sampled(
                 Run(training_id, run.night, "trainer"),
@@ -115,10 +124,11 @@ def train_on_shards(
             ingest(lake, rows, [training_id] * len(rows), [group.prompt for group in groups], refused)
 
         def write_uses(uses: list[tuple[str, int, float]]) -> None:
-            lake.commit({"clip_uses": _uses(training_id, uses)})
+            if ranks.is_first:
+                lake.commit({"clip_uses": _uses(training_id, uses)})
 
         settings = {"model": model_name, "train": config.model_dump(mode="json")}
-        write_settings(folder, {"training_id": training_id, **settings})
+        write_settings(ranks.own(folder), {"training_id": training_id, **settings})
         result = train(
             model,
             tokenizer,
@@ -136,7 +146,10 @@ def train_on_shards(
             progress,
             rules,
             experts,
+            ranks,
         )
+    if not ranks.is_first:
+        return asdict(result)
     summary = asdict(result) | {"checkpoint": str(result.checkpoint)}
     partial = done.with_suffix(".partial")
     partial.write_text(json.dumps(summary, indent=2) + "\n")

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from trainer.ranks import ALONE, Ranks
+from trainer.sharding import spread_like, whole
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -15,22 +20,39 @@ class MasterAdamW:
 
     Parameters of less than float32 get a float32 copy that holds the truth; after each step the rounded
     copy goes back into the model. Weight decay spares vectors (norms, biases).
+
+    Where several processes train (`ranks`), some parameters are spread over them and others whole in each;
+    all processes must call the same methods.
     """
 
-    def __init__(self, model: nn.Module, lr: float, weight_decay: float, max_grad_norm: float) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float,
+        weight_decay: float,
+        max_grad_norm: float,
+        ranks: Ranks = ALONE,
+    ) -> None:
         named = {name: param for name, param in model.named_parameters() if param.requires_grad}
         self._names, self._params = list(named), list(named.values())
         self._masters = [_master(param) for param in self._params]
-        self._max_grad_norm = max_grad_norm
+        self._max_grad_norm, self._ranks = max_grad_norm, ranks
         self._aside: list[Tensor | None] = []
         model.zero_grad(set_to_none=True)  # what someone else left behind is no part of the first step
-        self._adamw = torch.optim.AdamW(
-            [
-                {"params": [m for m in self._masters if m.ndim >= 2], "weight_decay": weight_decay},
-                {"params": [m for m in self._masters if m.ndim < 2], "weight_decay": 0.0},
-            ],
-            lr=lr,
-        )
+        self._kinds = [
+            kind
+            for is_spread in (False, True)
+            if (kind := [m for m in self._masters if isinstance(m, DTensor) is is_spread])
+        ]
+        groups = [
+            {
+                "params": [m for m in kind if (m.ndim >= 2) is is_matrix],
+                "weight_decay": weight_decay * is_matrix,
+            }
+            for kind in self._kinds
+            for is_matrix in (True, False)
+        ]
+        self._adamw = torch.optim.AdamW(groups, lr=lr)
 
     def collect(self) -> None:
         """Add the model's gradients to the masters', in float32. Call after every backward pass."""
@@ -46,6 +68,7 @@ class MasterAdamW:
 
         So two terms' gradients have norms of their own, at the cost of holding both for a while.
         """
+        self._add_up()
         before = self._aside or [None] * len(self._masters)
         self._aside = [master.grad for master in self._masters]
         for master, grad in zip(self._masters, before, strict=True):
@@ -53,8 +76,8 @@ class MasterAdamW:
 
     def norm(self) -> float:
         """Of what is collected since the beginning or `swap`; 0 if that is nothing."""
-        grads = [master.grad for master in self._masters if master.grad is not None]
-        return float(nn.utils.get_total_norm(grads)) if grads else 0.0
+        self._add_up()
+        return self._norm()
 
     def drop(self) -> None:
         """Forget the collected gradients, and leave the model as it is."""
@@ -63,11 +86,33 @@ class MasterAdamW:
 
     def clip(self) -> float:
         """Clip the collected gradients; returns their norm before. 0 if there are none."""
+        self._add_up()
         for master, aside in zip(self._masters, self._aside, strict=bool(self._aside)):
             if aside is not None:
                 master.grad = aside if master.grad is None else master.grad + aside
         self._aside = []
-        return float(nn.utils.clip_grad_norm_(self._masters, self._max_grad_norm))
+        norm = self._norm()
+        for kind in self._kinds:
+            nn.utils.clip_grads_with_norm_(kind, self._max_grad_norm, torch.tensor(norm))
+        return norm
+
+    def _norm(self) -> float:
+        """Of those that are whole and those that are spread, which torch does not mix."""
+        norms = []
+        for kind in self._kinds:
+            grads = [master.grad for master in kind if master.grad is not None]
+            if grads:
+                norms.append(float(whole(nn.utils.get_total_norm(grads))))
+        return norms[0] if len(norms) == 1 else math.hypot(*norms)
+
+    def _add_up(self) -> None:
+        """FSDP2 makes the mean over processes of gradients that are spread; do so with the others.
+
+        What was added up before is the same everywhere, so that doing so again changes nothing.
+        """
+        for master in self._masters:
+            if self._ranks.size > 1 and master.grad is not None and not isinstance(master.grad, DTensor):
+                master.grad.copy_(self._ranks.total(master.grad) / self._ranks.size)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -83,14 +128,14 @@ class MasterAdamW:
         tensors = {}
         for name, master in zip(self._names, self._masters, strict=True):
             of_master = {"master": master.detach(), **self._adamw.state.get(master, {})}
-            tensors.update({f"{kind}.{name}": of_master[kind].contiguous() for kind in of_master})
+            tensors.update({f"{kind}.{name}": whole(of_master[kind]).contiguous() for kind in of_master})
         return tensors
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Set the optimizer and its model, alike in all but values, to what `state` gave."""
         for name, param, master in zip(self._names, self._params, self._masters, strict=True):
-            master.copy_(tensors[f"master.{name}"])
+            master.copy_(spread_like(tensors[f"master.{name}"], master))
             param.copy_(master)
             self._adamw.state.pop(master, None)
             if f"step.{name}" in tensors:  # AdamW has no moments before a parameter's first gradient
@@ -101,7 +146,7 @@ class MasterAdamW:
 
 
 def _like(master: Tensor, values: Tensor) -> Tensor:
-    return torch.empty_like(master, requires_grad=False).copy_(values)
+    return torch.empty_like(master, requires_grad=False).copy_(spread_like(values, master))
 
 
 def _master(param: nn.Parameter) -> Tensor:

@@ -15,6 +15,7 @@ trainer holds no reference model.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -97,6 +98,18 @@ class LossFigures:
             self.entropy_sum + other.entropy_sum,
             self.kl_sum + other.kl_sum if known else None,  # type: ignore[operator]
         )
+
+    def as_dict(self) -> dict[str, float | None]:
+        """As JSON values, which `of` reads."""
+        return {name: None if value is None else value.item() for name, value in vars(self).items()}
+
+    @classmethod
+    def of(cls, values: Mapping[str, float | None], device: torch.device) -> LossFigures:
+        sums = {
+            name: None if value is None else torch.tensor(value, device=device)
+            for name, value in values.items()
+        }
+        return cls(**sums)  # type: ignore[arg-type]
 
     @property
     def clip_share(self) -> float | None:

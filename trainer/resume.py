@@ -72,7 +72,8 @@ class Resumption:
             "guard": self.updater.guard.state(),
         }
         state = RunState(policy_version, list(steps), parts, self.updater.optimizer.state())
-        save_state(self.folder, self.identity, state, self.updater.config.keep_checkpoints)
+        if self.updater.ranks.is_first:
+            save_state(self.folder, self.identity, state, self.updater.config.keep_checkpoints)
         self._last_saved = len(steps)
 
 

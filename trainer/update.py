@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from pipeline.config import TrainConfig
 from trainer import learner
 from trainer.clip_schedule import echo_weight
 from trainer.guard import Guard
 from trainer.optimizer import MasterAdamW
 from trainer.padding import counted
+from trainer.ranks import ALONE, Ranks
 from trainer.rollout_batch import RolloutBatch
 
 if TYPE_CHECKING:
@@ -66,6 +69,7 @@ class Updater:
     temperature: float
     optimizer: MasterAdamW
     guard: Guard
+    ranks: Ranks = ALONE
 
     def update(self, batch: RolloutBatch, step: StepClips, optim_step: int) -> Update:
         """
@@ -79,7 +83,8 @@ class Updater:
             if row is not None
         }
         every = self.config.grad_norms_every
-        measured = bool(every) and (optim_step + 1) % every == 0
+        # Processes must do equally many backward passes, also where one's rows hold no clip.
+        measured = bool(every) and (optim_step + 1) % every == 0 and self.ranks.size == 1
         apart = [clip for clip, row in zip(step.clips, step.rows, strict=True) if row is None]
         with counted(self.model) as reading:
             rl = learner.backward_rollouts(
@@ -91,12 +96,20 @@ class Updater:
                 tokens,
                 weight / max(num_clips, 1),
                 self.optimizer.swap if measured else None,
+                self.ranks,
             )
             norms = {"rl_grad_norm": self.optimizer.norm()}
             self.optimizer.swap()
             echo_loss, losses_apart = learner.backward_clips(
-                self.model, apart, weight, self.config.batch_tokens, self.optimizer.collect, num_clips
+                self.model,
+                apart,
+                weight,
+                self.config.batch_tokens,
+                self.optimizer.collect,
+                num_clips,
+                self.ranks,
             )
+        reading.num_positions = int(self.ranks.total(torch.tensor(reading.num_positions)))
         rows_read = [*batch.rows, *((clip.prompt_ids, clip.clip_ids) for clip in apart)]
         echo_loss += sum(rl.clip_losses.values()) / max(num_clips, 1)
         norms["echo_grad_norm"] = self.optimizer.norm()

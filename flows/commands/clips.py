@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
@@ -23,6 +25,7 @@ from flows.options import (
     tokenizer_option,
     verifier_option,
 )
+from flows.processes import check_devices, run_processes
 from pipeline.config import MiningConfig, TrainConfig, load_config
 from pipeline.errors import NothingToMine
 
@@ -121,8 +124,12 @@ def _simulate(
 @model_option
 @prompts_option
 @verifier_option
+@click.option("--nproc", type=click.IntRange(min=1), default=1, help="processes, a GPU or CPU core each")
 @section_options(TrainConfig)
+@click.pass_context
 def train(
+    context: click.Context,
+    /,
     shards: Path | None,
     lake: Path,
     config: Path | None,
@@ -130,6 +137,7 @@ def train(
     model: str | None,
     prompts: str | None,
     verifier: str | None,
+    nproc: int,
     **options: Any,
 ) -> None:
     """Train on-policy beside the EchoClips of SHARDS; its rollouts go into the lake.
@@ -141,22 +149,31 @@ def train(
         raise click.UsageError("Give the folder of SHARDS, or --echo-source online")
     from flows.progress import training_progress
     from pipeline.lake import Lake
-    from pipeline.models import model_folder
+    from pipeline.models import is_on_cuda, model_folder
     from pipeline.preflight import check_night
     from pipeline.prompts import read_prompts
     from pipeline.records import Run
     from pipeline.shards import load_clips
     from pipeline.tokenization import load_tokenizer, tokenizer_hash
     from trainer.night import train_on_shards
+    from trainer.ranks import joined_ranks
 
     check_night(settings, lake)
+    if nproc > 1 and "WORLD_SIZE" not in os.environ:
+        check_devices(nproc, settings.engine.device)
     folder = model_folder(settings.model)
     if shards is not None:  # bad ones must not cost a new lake
         load_clips(shards, tokenizer_hash(load_tokenizer(folder)))
+    opened = Lake.create(lake)
+    if nproc > 1 and "WORLD_SIZE" not in os.environ:
+        sys.exit(run_processes(nproc, context.find_root().obj))
     run = Run("train", settings.night or datetime.now(UTC).date(), "trainer")
-    with training_progress(settings.train.optim_steps) as progress:
+    with (
+        training_progress(settings.train.optim_steps) as progress,
+        joined_ranks(is_on_cuda(settings.engine.device)) as ranks,
+    ):
         result = train_on_shards(
-            Lake.create(lake),
+            opened,
             run,
             folder,
             settings.model,
@@ -168,7 +185,10 @@ def train(
             settings.verify,
             settings.mining,
             progress,
+            ranks,
         )
+    if not ranks.is_first:
+        return
     if as_json:
         print_json(result)
     else:

@@ -1,0 +1,87 @@
+"""`--nproc`: the command once more in several processes, with the environment that torchrun gives."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+
+from pipeline.errors import ConfigError, ModelError
+
+GRACE_SECONDS = 20  # for the others to end, and the first one to say why, where one process ended
+
+
+def check_devices(num_processes: int, device: str) -> None:
+    """
+    Raises:
+        ConfigError: there are fewer GPUs, or on a CPU fewer cores.
+    """
+    import torch
+
+    from pipeline.models import is_on_cuda
+
+    on_cuda = is_on_cuda(device)
+    there = torch.cuda.device_count() if on_cuda else len(os.sched_getaffinity(0))
+    if num_processes > there:
+        kind = "GPUs" if on_cuda else "cores"
+        raise ConfigError(
+            f"--nproc {num_processes} is more than the {there} {kind} of this machine. Give {there} or less."
+        )
+
+
+def run_processes(num_processes: int, arguments: Sequence[str]) -> int:
+    """Run `echomine ARGUMENTS` in each process, of which only the first one speaks.
+
+    Returns:
+        the first one's exit code, or that of the process that ended it.
+
+    Raises:
+        ModelError: a process was killed.
+    """
+    from torch.multiprocessing.spawn import ProcessExitedException, spawn
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    running = spawn(  # type: ignore[no-untyped-call]
+        _process, args=(num_processes, port, list(arguments)), nprocs=num_processes, join=False
+    )
+    try:
+        while not running.join(grace_period=GRACE_SECONDS):
+            pass
+    except ProcessExitedException as error:
+        if error.signal_name is not None or error.exit_code < 0:
+            name = error.signal_name or signal.Signals(-error.exit_code).name
+            raise ModelError(
+                f"Process {error.error_index} of {num_processes} was ended by {name}. "
+                "Start the training again to go on."
+            ) from None
+        return int(error.exit_code)
+    except KeyboardInterrupt:  # the first process has it too, and says so
+        for process in running.processes:
+            process.join(GRACE_SECONDS)
+        return int(running.processes[0].exitcode or 1)
+    return 0
+
+
+def _process(rank: int, num_processes: int, port: int, arguments: list[str]) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    if rank > 0:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(nowhere, stream.fileno())
+    if "OMP_NUM_THREADS" not in os.environ:
+        import torch
+
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_processes))
+    from flows.cli import main
+
+    sys.exit(main(arguments))
