@@ -63,6 +63,10 @@ def test_trl_is_imported_by_its_adapter_only() -> None:
     assert importers("trl") == {"trainer/adapters/trl.py"}
 
 
+def test_verl_is_imported_by_its_adapter_only() -> None:
+    assert importers("verl") == {"trainer/adapters/verl.py"}
+
+
 @pytest.mark.parametrize(
     ("above", "below"), [("trainer", "pipeline/"), ("flows", "pipeline/"), ("flows", "trainer/")]
 )
