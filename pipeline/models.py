@@ -90,12 +90,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     # the allocator's words, a file that cannot be mapped, and cuBLAS
-    signs = (
-        "can't allocate memory",
-        "Cannot allocate memory",
-        "CUBLAS_STATUS_ALLOC_FAILED",
-        "could not create a primitive",  # oneDNN's, whose code for a product needs memory too
-    )
+    signs = ("can't allocate memory", "Cannot allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return any(sign in str(error) for sign in signs)
 
 
