@@ -291,7 +291,7 @@ def _judge(lake: Lake, rewards: dict[tuple[str, int], float | None]) -> None:
 
 
 @pytest.mark.slow
-@settings(SETTINGS, max_examples=30)
+@settings(SETTINGS, max_examples=22)
 @given(rows=lakes(), configs=OPTION_SETS)
 def test_sql_and_a_plain_walk_of_the_rules_agree_on_thousands_of_groups(
     empty: Path, rows: list[Row], configs: list[MiningConfig]
