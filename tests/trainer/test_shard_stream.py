@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -65,6 +66,15 @@ def ids(batches) -> list[list[str]]:
     return [batch.clip_ids for batch in batches]
 
 
+def loading(dealt: ShardStream, num_workers: int, **given) -> DataLoader:
+    # Prefect's exit hooks fail in a process that is forked after a flow ran, as other tests do here.
+    forkserver = multiprocessing.get_context("forkserver")
+    forkserver.set_forkserver_preload(["trainer.shard_stream"])
+    return DataLoader(
+        dealt, batch_size=None, num_workers=num_workers, multiprocessing_context=forkserver, **given
+    )
+
+
 def flat(batches) -> list[str]:
     return [clip_id for batch in batches for clip_id in batch.clip_ids]
 
@@ -95,7 +105,7 @@ def test_two_ranks_of_two_workers_read_every_clip_once(tmp_path):
     read = []
     for rank in range(2):
         dealt = stream(tmp_path, rank=rank, world_size=2)
-        loader = DataLoader(dealt, batch_size=None, num_workers=2)
+        loader = loading(dealt, num_workers=2)
         first = flat(loader)
         dealt.set_epoch(1)
         second = flat(loader)
@@ -267,7 +277,7 @@ def test_a_state_of_another_split_or_seed_is_refused(tmp_path):
 
 def test_workers_that_outlive_an_epoch_are_refused(tmp_path):
     write_export(tmp_path, "one")
-    loader = DataLoader(stream(tmp_path), batch_size=None, num_workers=1, persistent_workers=True)
+    loader = loading(stream(tmp_path), num_workers=1, persistent_workers=True)
     assert len(flat(loader)) == NUM_CLIPS
     with pytest.raises(ConfigError, match="Set persistent_workers=False"):
         flat(loader)
