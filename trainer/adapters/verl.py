@@ -1,11 +1,11 @@
-"""EchoClips in the actor update of verl 0.9.1: rows beside the rollouts, and policy losses that know them.
+"""EchoClips in the actor update of verl 0.9.1: rows among the rollouts, and policy losses that know them.
 
 verl hands a policy loss the old log-probs, log-probs, advantages and response mask of a micro-batch, nothing
 else of a row. So a clip is a row whose
 
     response_mask  is 0: verl counts its tokens neither for the loss nor for the entropy and KL terms
     old_log_probs  are `CLIP_MARK` on the clip's tokens, which no token's can be
-    advantages     are λ · weight / (K · |c|) there, for K clips of |c| tokens
+    advantages     are λ · weight / (K · |c|) there, for K clips of |c| tokens in an optimizer step
 
 and its loss Σ −advantage · log-prob, which needs no count of the batch: however verl cuts the mini-batch
 into micro-batches and spreads it over processes, they add up to λ · EchoClip loss.
@@ -18,16 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from pipeline.errors import ConfigError, FormatError, said
-from pipeline.records import Int32
+from pipeline.errors import ConfigError, said
+from trainer.adapters.verl_rows import CLIP_MARK, Split, check_rollouts, join_rows
 from trainer.echoclips import EchoClips, check_echo_weight
-from trainer.packed_clips import PackedClips
 
 try:
     from verl import DataProto
     from verl.trainer.ppo.core_algos import get_policy_loss_fn, register_policy_loss
+    from verl.utils.tensordict_utils import assign_non_tensor
 except ImportError as error:
     raise ConfigError(
         f"`trainer.adapters.verl` needs verl, which cannot be imported: {said(error)}. "
@@ -37,10 +36,7 @@ except ImportError as error:
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CLIP_MARK = 1.0  # survives bfloat16; a log-prob is above 0 by rounding only
-TOKEN_MODES = ("token-mean", "token-sum")
 BASES = ("vanilla", "gspo")
-OPTIONAL_KEYS = ("ref_log_prob", "rollout_is_weights")
 
 
 def register_echo_loss(base: str) -> None:
@@ -70,9 +66,9 @@ def register_echo_loss(base: str) -> None:
         )
         if not in_clip.any():
             return loss, metrics | {"actor/echo_term": 0.0}
-        term = -(advantages[in_clip] * log_prob[in_clip]).sum()
         num_processes = config.global_batch_info.get("dp_size", 1)  # over which gradients are averaged
-        return loss + num_processes * term, metrics | {"actor/echo_term": term.item()}
+        term = -num_processes * (advantages[in_clip] * log_prob[in_clip]).sum()
+        return loss + term, metrics | {"actor/echo_term": term.item()}
 
 
 for _base in BASES:
@@ -80,14 +76,7 @@ for _base in BASES:
 
 
 class EchoRows:
-    """Joins the next clips of a folder of shards to each batch that verl's actor is updated with.
-
-    Where verl's trainer hands the batch over:
-
-        class EchoTrainer(RayPPOTrainer):
-            def _update_actor(self, batch):
-                return super()._update_actor(self.echo_rows(batch))
-    """
+    """Lays the next clips of a folder of shards among the rollouts of each update of verl's actor."""
 
     def __init__(
         self,
@@ -95,14 +84,12 @@ class EchoRows:
         tokenizer: PreTrainedTokenizerBase,
         echo_weight: float = 1e-3,
         clips_per_step: int = 16,
-        loss_agg_mode: str = "token-mean",
         seed: int = 0,
     ) -> None:
         """
         Args:
             echo_weight: λ.
-            clips_per_step: at most, in each batch that is given: verl cuts it into `ppo_mini_batch_size`.
-            loss_agg_mode: verl's `actor.loss_agg_mode`.
+            clips_per_step: at most, in each optimizer step, which is a mini-batch of verl's.
 
         Raises:
             ConfigError: λ is negative or no number; less than one clip per step.
@@ -110,101 +97,134 @@ class EchoRows:
         """
         check_echo_weight(echo_weight)
         self.clips = EchoClips(shards, tokenizer, clips_per_step, seed)
-        self._echo_weight, self._loss_agg_mode = echo_weight, loss_agg_mode
+        self._echo_weight = echo_weight
         ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         self._pad_token_id = next(known for known in ids if known is not None)
 
-    def __call__(self, batch: DataProto) -> DataProto:
-        """The batch with clips: see `add_clips`."""
-        clips = self.clips.next_batch()
-        return add_clips(batch, clips, self._echo_weight, self._pad_token_id, self._loss_agg_mode)
+    def join(self, batch: DataProto, split: Split, loss_agg_mode: str = "token-mean") -> DataProto:
+        """The batch that `RayPPOTrainer._update_actor` gets, with clips: see `join_rows`.
+
+        Raises:
+            ConfigError: see `check_rollouts`.
+            FormatError: see `join_rows` and `EchoClips.next_batch`.
+        """
+        rollouts = batch.batch.to_dict()
+        check_rollouts(rollouts, split, loss_agg_mode)
+        if any(batch.non_tensor_batch.get("multi_modal_inputs", ())):
+            raise ConfigError("The batch holds images, and EchoClips are text. Train a language model.")
+        clips = [self.clips.next_batch() for _ in range(split.num_steps)]
+        tensors = join_rows(rollouts, clips, split, self._echo_weight, self._pad_token_id)
+        # a copy: what verl notes here of the joined rows must not reach the rollouts
+        joined: DataProto = DataProto.from_dict(tensors, meta_info=dict(batch.meta_info))
+        return joined
 
 
-def add_clips(
-    batch: DataProto,
-    clips: PackedClips,
-    echo_weight: float,
-    pad_token_id: int,
-    loss_agg_mode: str = "token-mean",
-) -> DataProto:
-    """The batch of one optimizer step with its clips, for verl's `update_actor` under an `echo_` loss.
+class EchoUpdate:
+    """Clips in the actor updates of a `RayPPOTrainer`, which it stands before:
 
-    Args:
-        batch: R rows as `RayPPOTrainer._update_actor` gets them: text, left-padded prompts of width P,
-            right-padded responses of width T, old log-probs and advantages computed.
-        clips: K of them.
+        class EchoTrainer(EchoUpdate, RayPPOTrainer):
+            shards = "data/shards"
+
+    Each optimizer step, that is each mini-batch of verl's, gets clips of its own, and its loss is verl's of
+    the same rollouts without clips plus λ · EchoClip loss. Epochs of `ppo_epochs` repeat a batch's clips.
+
+    Attributes:
+        shards: an export, or a folder of them.
         echo_weight: λ.
-        pad_token_id: the tokenizer's.
-        loss_agg_mode: verl's. The `seq-mean` ones divide by all R + K rows, clips included; the rollouts'
-            advantages are multiplied by (R + K) / R against it.
+        clips_per_step: at most, in each optimizer step.
+        echo_seed: of the order of clips.
+    """
 
-    Returns:
-        R + K rows with the tensors that verl's actor update reads, clips last.
+    shards: Path | str
+    echo_weight: float = 1e-3
+    clips_per_step: int = 16
+    echo_seed: int = 0
+
+    config: Any  # verl's, as are the next two
+    tokenizer: Any
+    actor_rollout_wg: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """As `RayPPOTrainer`.
+
+        Raises:
+            ConfigError: see `check_config` and `EchoRows`.
+            FormatError: see `EchoRows`.
+        """
+        super().__init__(*args, **kwargs)
+        check_config(self.config)
+        self.echo_rows = EchoRows(
+            self.shards, self.tokenizer, self.echo_weight, self.clips_per_step, self.echo_seed
+        )
+
+    def _update_actor(self, batch: DataProto, *args: Any, **kwargs: Any) -> Any:
+        """verl's, with clips among its rows. It cannot know their number, so its workers are told."""
+        if not isinstance(batch, DataProto):
+            raise ConfigError(
+                "EchoClips go into the batches of verl's `RayPPOTrainer`, and its V1 trainers keep theirs "
+                "elsewhere. Set `trainer.use_v1=False`, and put `EchoUpdate` before `RayPPOTrainer`."
+            )
+        check_config(self.config)  # again, for verl's bypass mode sets another loss on the way
+        num_processes = self._get_dp_size(self.actor_rollout_wg, "actor")  # type: ignore[attr-defined]
+        split = split_of(self.config, len(batch), num_processes)
+        joined = self.echo_rows.join(batch, split, self.config.actor_rollout_ref.actor.loss_agg_mode)
+        workers = self.actor_rollout_wg
+        self.actor_rollout_wg = _WithMiniBatches(workers, len(joined) // split.num_steps)
+        try:
+            return super()._update_actor(joined, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.actor_rollout_wg = workers
+
+
+class _WithMiniBatches:
+    """verl's workers, to whom mini-batches are of this size; what losses are divided by stays as verl set it."""
+
+    def __init__(self, workers: Any, mini_batch_size: int) -> None:
+        self._workers, self._mini_batch_size = workers, mini_batch_size
+
+    def update_actor(self, batch: Any) -> Any:
+        assign_non_tensor(batch, mini_batch_size=self._mini_batch_size)
+        return self._workers.update_actor(batch)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._workers, name)
+
+
+def split_of(config: Any, num_rollouts: int, num_processes: int) -> Split:
+    """How verl's workers cut an update of `num_rollouts` rows.
 
     Raises:
-        ConfigError: λ is negative or no number; no rollout has a token; a temperature other than 1, at
-            which the clips' loss would be another; images.
-        FormatError: a clip does not fit the widths.
+        ConfigError: into parts of unequal size, which verl cannot, with clips or without.
     """
-    check_echo_weight(echo_weight)
-    rollouts = batch.batch
-    check_rollouts(batch)
-    rows = [
-        _clip_row(*row, rollouts, echo_weight * weight / len(clips), pad_token_id)
-        for row, weight in zip(clips.rows(), clips.weights.tolist(), strict=True)
-    ]
-    num_rollouts = len(batch)
-    dilution = 1.0 if loss_agg_mode in TOKEN_MODES else (num_rollouts + len(rows)) / num_rollouts
-    keys = [*rows[0], *(key for key in OPTIONAL_KEYS if key in rollouts.keys())]  # noqa: SIM118  # no dict
-    tensors = {}
-    for key in keys:
-        theirs = rollouts[key] * dilution if key == "advantages" else rollouts[key]
-        # a clip has neither reference nor engine
-        ours = [row[key] if key in row else torch.zeros(theirs.shape[1]) for row in rows]
-        tensors[key] = torch.cat([theirs, torch.stack(ours).to(theirs)])
-    joined: DataProto = DataProto.from_dict(tensors, meta_info=batch.meta_info)
-    return joined
-
-
-def check_rollouts(batch: DataProto) -> None:
-    """Raises ConfigError where clips cannot go beside the rollouts of a batch: see `add_clips`."""
-    if not batch.batch["response_mask"].any():
+    actor = config.actor_rollout_ref.actor
+    mini_batch_size = actor.ppo_mini_batch_size * config.actor_rollout_ref.rollout.n
+    if num_rollouts % mini_batch_size or mini_batch_size % num_processes:
         raise ConfigError(
-            "The batch has no token of a rollout, and clips need some beside them. Leave it out."
+            f"verl cannot cut {num_rollouts} rollouts into mini-batches of {mini_batch_size} on {num_processes} "
+            "processes. Let `ppo_mini_batch_size` divide `train_batch_size`, and the processes divide both."
         )
-    temperature = batch.meta_info.get("temperature", 1.0)
-    if temperature != 1.0:
+    micro_batch_rows = 1 if actor.use_dynamic_bsz else actor.ppo_micro_batch_size_per_gpu
+    return Split(num_rollouts // mini_batch_size, num_processes, micro_batch_rows)
+
+
+def check_config(config: Any) -> None:
+    """Raises ConfigError where verl, so configured, would not learn rollouts and clips as `EchoUpdate` says."""
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    loss_mode = actor.policy_loss.loss_mode
+    if loss_mode not in [f"echo_{base}" for base in BASES]:
         raise ConfigError(
-            f"verl trains at the temperature {temperature} of its rollouts, and EchoClips are learned at 1. "
-            "Set `actor_rollout_ref.rollout.temperature=1.0`."
+            f"verl's loss is `{loss_mode}`, which knows no EchoClips. Set `actor_rollout_ref.actor.policy_loss."
+            "loss_mode` to `echo_vanilla` or `echo_gspo`, and no `rollout_correction.bypass_mode`."
         )
-    if batch.batch["position_ids"].dim() != 2 or any(batch.non_tensor_batch.get("multi_modal_inputs", ())):
-        raise ConfigError("The batch holds images, and EchoClips are text. Train a language model.")
-
-
-def _clip_row(
-    prompt_ids: Int32, clip_ids: Int32, rollouts: Any, share: float, pad_token_id: int
-) -> dict[str, Tensor]:
-    """One row, without the rows' dimension, of the rollouts' widths. `share` is λ · weight / K."""
-    prompt, tokens = (torch.as_tensor(ids, dtype=torch.int64) for ids in (prompt_ids, clip_ids))
-    widths = rollouts["prompts"].shape[1], rollouts["responses"].shape[1]
-    before, after = widths[0] - len(prompt), widths[1] - len(tokens)
-    if before < 0 or after < 0:
-        raise FormatError(
-            f"A clip of {len(prompt)} + {len(tokens)} tokens does not fit verl's {widths[0]} + {widths[1]}. "
-            "Raise `data.max_prompt_length` or `data.max_response_length`, or export with `--max-tokens`."
+    if rollout.temperature != 1.0:
+        raise ConfigError(
+            f"verl trains at the temperature {rollout.temperature} of its rollouts, and EchoClips are learned "
+            "at 1. Set `actor_rollout_ref.rollout.temperature=1.0`."
         )
-    in_clip = pad(torch.ones(len(tokens)), (0, after))
-    attention = pad(torch.ones(len(prompt) + len(tokens), dtype=torch.int64), (before, after))
-    prompts = pad(prompt, (before, 0), value=pad_token_id)
-    responses = pad(tokens, (0, after), value=pad_token_id)
-    return {
-        "prompts": prompts,
-        "responses": responses,
-        "input_ids": torch.cat([prompts, responses]),
-        "attention_mask": attention,
-        "position_ids": (attention.cumsum(0) - 1).clamp_min(0),
-        "response_mask": torch.zeros(widths[1], dtype=torch.int64),
-        "old_log_probs": in_clip * CLIP_MARK,
-        "advantages": in_clip * (share / len(tokens)),
-    }
+    if actor.shuffle:
+        raise ConfigError(
+            "verl shuffles rows between optimizer steps, and each has its own EchoClips. "
+            "Set `actor_rollout_ref.actor.shuffle=False`; its prompts come shuffled anyway (`data.shuffle`)."
+        )
+    if (config.get("distillation") or {}).get("enabled"):
+        raise ConfigError("verl distils with losses that know no EchoClips. Set `distillation.enabled=False`.")
