@@ -1,35 +1,37 @@
-"""verl's own loss of an actor update, run for real, with EchoClips as rows beside the rollouts."""
+"""verl's own actor update, run for real in `verl_workers`, with EchoClips among the rollouts."""
 
 from __future__ import annotations
+
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from arith_shards import export_arith_shards
-from tensordict import TensorDict
+from arith_shards import SUMS, export_arith_shards
 from verl import DataProto
-from verl.trainer.ppo.core_algos import get_policy_loss_fn
-from verl.utils import tensordict_utils
-from verl.workers.config import ActorConfig
-from verl.workers.utils.losses import ppo_loss
-from verl.workers.utils.padding import left_right_2_no_padding
+from verl_workers import RayPPOTrainer, Workers, trainer_of, verl_config
 
 from pipeline.errors import ConfigError, FormatError
-from pipeline.models import load_model, model_folder
+from pipeline.models import PROJECT, load_model, model_folder
 from pipeline.tokenization import load_tokenizer
-from trainer.adapters.verl import BASES, EchoRows
+from trainer.adapters.verl import EchoUpdate
+from trainer.echoclips import EchoClips
 from trainer.objectives import clip_losses, echo_clip_loss
 
-PROMPT_WIDTH, RESPONSE_WIDTH, NUM_ROLLOUTS = 16, 48, 6
-ECHO_WEIGHT = 0.3
-SEQUENCE_MODES = ["seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
-CASES = [("vanilla", mode) for mode in ("token-mean", *SEQUENCE_MODES)] + [("gspo", "seq-mean-token-mean")]
+PROMPT_WIDTH, RESPONSE_WIDTH, NUM_ROLLOUTS = 16, 48, 8
+ECHO_WEIGHT, CLIPS_PER_STEP = 0.3, 3
+NUM_CLIPS = [3, 2]  # five of the shards, in steps of equal size
+LENGTHS = [(5, 30), (16, 48), (3, 1), (7, 12), (9, 20), (4, 48), (2, 17), (11, 6)]  # of the rollouts
+TWO_STEPS = {"ppo_mini_batch_size": NUM_ROLLOUTS // 2}
+MODES = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("arith")
-    export_arith_shards(folder / "lake", folder / "shards")
+    export_arith_shards(folder / "lake", folder / "shards", sums=(*SUMS, "22+20"))
     return folder / "shards"
 
 
@@ -46,9 +48,8 @@ def model():
 def rollouts():
     """As `RayPPOTrainer` has them when it updates the actor."""
     random = torch.Generator().manual_seed(0)
-    lengths = [(5, 30), (16, 48), (3, 1), (7, 12), (9, 20), (4, 48)]
     attention = torch.zeros(NUM_ROLLOUTS, PROMPT_WIDTH + RESPONSE_WIDTH, dtype=torch.int64)
-    for row, (prompt, response) in enumerate(lengths):
+    for row, (prompt, response) in enumerate(LENGTHS):
         attention[row, PROMPT_WIDTH - prompt : PROMPT_WIDTH + response] = 1
     ids = torch.randint(3, 16, attention.shape, generator=random) * attention
     mask = attention[:, PROMPT_WIDTH:]
@@ -60,98 +61,194 @@ def rollouts():
         "position_ids": (attention.cumsum(1) - 1).clamp_min(0),
         "response_mask": mask,
         "old_log_probs": -2 * torch.rand(mask.shape, generator=random) * mask,
+        "ref_log_prob": -2 * torch.rand(mask.shape, generator=random) * mask,
         "advantages": torch.randn(NUM_ROLLOUTS, 1, generator=random) * mask,
     }
-    return DataProto.from_dict(tensors, meta_info={"temperature": 1.0})
+    meta = {"global_steps": 1, "global_token_num": attention.sum(1).tolist(), "images_seqlens": []}
+    columns = {"uid": np.arange(NUM_ROLLOUTS).astype(str).astype(object)}
+    return DataProto.from_dict(tensors, non_tensors=columns, meta_info=meta)
 
 
-def gradients(model, batch, loss_mode, agg_mode, micro_batch_rows):
-    """The loss and gradient of verl's `ppo_loss` over the micro-batches of one optimizer step."""
-    model.zero_grad()
-    config = ActorConfig(
-        strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, loss_agg_mode=agg_mode,
-        policy_loss={"loss_mode": loss_mode},
-    )  # fmt: skip
-    whole, total = batch.batch, 0.0
-    for start in range(0, len(batch), micro_batch_rows):
-        part = whole[start : start + micro_batch_rows]
-        logits = model(
-            part["input_ids"], attention_mask=part["attention_mask"], position_ids=part["position_ids"]
-        ).logits
-        logprobs = torch.log_softmax(logits, -1)[:, :-1].gather(2, part["input_ids"][:, 1:, None])[..., 0]
-        data = left_right_2_no_padding(TensorDict(part.to_dict(), batch_size=len(part)))
-        tensordict_utils.assign_non_tensor(
-            data, dp_size=1, batch_num_tokens=int(whole["response_mask"].sum()), global_batch_size=len(batch)
-        )
-        used = part["attention_mask"].bool()
-        padded = torch.nn.functional.pad(logprobs, (0, 1))  # verl's: what each position says of the next
-        flat = torch.nested.as_nested_tensor(
-            [row[kept] for row, kept in zip(padded, used, strict=True)], layout=torch.jagged
-        )
-        loss, _ = ppo_loss(config, {"log_probs": flat}, data)
-        loss.backward()
-        total += loss.item()
-    return total, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+def echo_trainer(shards, tokenizer, workers, config, **settings):
+    kind = type("EchoTrainer", (EchoUpdate, RayPPOTrainer), {"shards": shards, **settings})
+    return trainer_of(kind, config, tokenizer, workers)
 
 
-@pytest.mark.parametrize(("base", "agg_mode"), CASES)
-def test_verls_loss_and_gradient_grow_by_lambda_times_the_echo_clip_loss(
-    model, tokenizer, shards, base, agg_mode
+def steps_without_clips(model, tokenizer, loss_mode, num_processes=1, **actor):
+    """The loss and gradient of each optimizer step of verl's own, on the rollouts alone."""
+    config = verl_config(**actor, **{"policy_loss.loss_mode": loss_mode})
+    workers = Workers(model, config, num_processes)
+    trainer_of(RayPPOTrainer, config, tokenizer, workers)._update_actor(rollouts())
+    return workers.steps
+
+
+def steps_with_clips(model, tokenizer, shards, loss_mode, num_processes=1, **actor):
+    config = verl_config(**actor, **{"policy_loss.loss_mode": f"echo_{loss_mode}"})
+    workers = Workers(model, config, num_processes)
+    trainer = echo_trainer(
+        shards, tokenizer, workers, config, echo_weight=ECHO_WEIGHT, clips_per_step=CLIPS_PER_STEP
+    )
+    trainer._update_actor(rollouts())
+    return workers.steps
+
+
+def assert_grown_by_the_term(found, plain, terms):
+    """Step by step, within 1e-5 of the largest gradient of a weight."""
+    assert len(found) == len(plain) == len(terms)
+    for (loss, gradient), (plain_loss, plain_gradient), (term, term_gradient) in zip(
+        found, plain, terms, strict=True
+    ):
+        assert loss == pytest.approx(plain_loss + term, rel=1e-5, abs=1e-6)
+        for name in gradient:
+            expected = plain_gradient[name] + term_gradient[name]
+            limit = 1e-5 * float(expected.abs().max())
+            torch.testing.assert_close(gradient[name], expected, rtol=0, atol=limit)
+
+
+def echo_terms(model, tokenizer, shards, num_steps=2):
+    """[(λ · EchoClip loss, its gradient)] of the clips that are next, a clip at a time by the model's logits."""
+    clips, terms = EchoClips(shards, tokenizer, CLIPS_PER_STEP), []
+    for _ in range(num_steps):
+        batch, logprobs, lengths = clips.next_batch(), [], []
+        for prompt, clip in batch.rows():
+            ids = torch.as_tensor(np.concatenate((prompt, clip)).astype(np.int64))
+            of_all = torch.log_softmax(model(ids[None]).logits[0], -1)[:-1].gather(1, ids[1:, None])[:, 0]
+            logprobs.append(of_all[len(prompt) - 1 :])
+            lengths.append(len(clip))
+        losses = clip_losses(torch.cat(logprobs), torch.tensor(lengths))
+        term = ECHO_WEIGHT * echo_clip_loss(losses, batch.weights, num_clips=len(batch))
+        model.zero_grad()
+        term.backward()
+        terms.append((term.item(), {name: weight.grad.clone() for name, weight in model.named_parameters()}))
+    return terms
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+@pytest.mark.parametrize("agg_mode", ["token-mean", "seq-mean-token-mean"])
+def test_each_of_two_steps_has_verls_loss_without_clips_plus_lambda_times_the_echo_clip_loss(
+    model, tokenizer, shards, agg_mode, num_processes
 ):
-    rows = EchoRows(shards, tokenizer, ECHO_WEIGHT, 5, agg_mode)
-    plain_loss, plain = gradients(model, rollouts(), base, agg_mode, NUM_ROLLOUTS)
-    joined = rows(rollouts())
-    loss, found = gradients(model, joined, f"echo_{base}", agg_mode, micro_batch_rows=3)
-    clips = EchoRows(shards, tokenizer, clips_per_step=5).clips.next_batch()
-    assert len(joined) == NUM_ROLLOUTS + len(clips) > NUM_ROLLOUTS
-
-    model.zero_grad()
-    echo = written_out(model, clips)
-    (ECHO_WEIGHT * echo).backward()
-    assert loss == pytest.approx(plain_loss + ECHO_WEIGHT * echo.item(), rel=1e-6, abs=1e-7)
-    for name, parameter in model.named_parameters():
-        expected = plain[name] + parameter.grad
-        torch.testing.assert_close(found[name], expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    settings = {**TWO_STEPS, "loss_agg_mode": agg_mode}
+    plain = steps_without_clips(model, tokenizer, "vanilla", num_processes, **settings)
+    found = steps_with_clips(model, tokenizer, shards, "vanilla", num_processes, **settings)
+    assert_grown_by_the_term(found, plain, echo_terms(model, tokenizer, shards))
 
 
-def written_out(model, clips):
-    """The EchoClip loss, a clip at a time, by the model's own logits."""
-    logprobs, lengths = [], []
-    for prompt, clip in clips.rows():
-        ids = torch.as_tensor(np.concatenate((prompt, clip)).astype(np.int64))
-        of_all = torch.log_softmax(model(ids[None]).logits[0], -1)[:-1].gather(1, ids[1:, None])[:, 0]
-        logprobs.append(of_all[len(prompt) - 1 :])
-        lengths.append(len(clip))
-    losses = clip_losses(torch.cat(logprobs), torch.tensor(lengths))
-    return echo_clip_loss(losses, clips.weights, num_clips=len(clips))
+@pytest.mark.parametrize(
+    ("loss_mode", "settings"),
+    [
+        *(("vanilla", {"loss_agg_mode": mode}) for mode in MODES[1:3] + MODES[4:]),
+        ("gspo", {"loss_agg_mode": "seq-mean-token-mean"}),
+        ("vanilla", {"ppo_micro_batch_size_per_gpu": 2}),
+        ("vanilla", {"use_dynamic_bsz": True, "ppo_max_token_len_per_gpu": 64}),
+        ("vanilla", {"entropy_coeff": 0.1, "use_kl_loss": True, "kl_loss_coef": 0.5}),
+    ],
+)
+def test_so_it_has_with_other_aggregations_micro_batches_and_regularizers(
+    model, tokenizer, shards, loss_mode, settings
+):
+    settings = {**TWO_STEPS, **settings}
+    plain = steps_without_clips(model, tokenizer, loss_mode, 2, **settings)
+    found = steps_with_clips(model, tokenizer, shards, loss_mode, 2, **settings)
+    assert_grown_by_the_term(found, plain, echo_terms(model, tokenizer, shards))
 
 
-def test_rollouts_alone_lose_what_verls_own_loss_loses(model):
-    for base in BASES:
-        ours = gradients(model, rollouts(), f"echo_{base}", "seq-mean-token-mean", 2)
-        theirs = gradients(model, rollouts(), base, "seq-mean-token-mean", 2)
-        assert ours[0] == pytest.approx(theirs[0], rel=1e-6)
-    assert get_policy_loss_fn("echo_vanilla") is not get_policy_loss_fn("vanilla")
+def test_the_epochs_of_an_update_repeat_its_clips(model, tokenizer, shards):
+    settings = {**TWO_STEPS, "ppo_epochs": 2}
+    plain = steps_without_clips(model, tokenizer, "vanilla", **settings)
+    found = steps_with_clips(model, tokenizer, shards, "vanilla", **settings)
+    assert_grown_by_the_term(found, plain, 2 * echo_terms(model, tokenizer, shards))
 
 
-def test_each_batch_gets_the_next_clips(tokenizer, shards):
-    rows = EchoRows(shards, tokenizer, clips_per_step=4)
-    first, second = (rows(rollouts()).batch["responses"][NUM_ROLLOUTS:] for _ in range(2))
-    assert len(first) > 0
-    assert first.shape != second.shape or not torch.equal(first, second)
+class Listening:
+    """A worker group that keeps the rows it is given."""
+
+    def __init__(self, num_processes):
+        self._dispatch_info, self.batches = {"actor": list(range(num_processes))}, []
+
+    def update_actor(self, batch):
+        self.batches.append(batch)
+        return {"metrics": {"mfu": 0.0}}
 
 
-def test_what_verl_would_learn_otherwise_is_refused(tokenizer, shards):
-    warm = rollouts()
-    warm.meta_info["temperature"] = 0.7
+def test_each_update_gets_the_next_clips_and_the_rollouts_come_back_as_they_were(tokenizer, shards):
+    workers = Listening(2)
+    config = verl_config(**TWO_STEPS, **{"policy_loss.loss_mode": "echo_vanilla"})
+    trainer = echo_trainer(shards, tokenizer, workers, config, clips_per_step=CLIPS_PER_STEP)
+    batch = rollouts()
+    for _ in range(2):
+        trainer._update_actor(batch)
+    assert trainer.actor_rollout_wg is workers
+    assert len(batch) == NUM_ROLLOUTS
+
+    first, second = (given["responses"][given["old_log_probs"][:, 0] == 1.0] for given in workers.batches)
+    assert len(first) == len(second) == sum(NUM_CLIPS)
+    assert not torch.equal(first, second)
+    assert first.unique(dim=0).tolist() == second.unique(dim=0).tolist(), "an epoch deals each clip once"
+    given = workers.batches[0]
+    in_clip = (given["old_log_probs"][:, 0] == 1.0).tolist()
+    # for each process two steps of two rollouts and room for two clips, the last of which is padding
+    assert in_clip == [
+        False, False, True, True, False, False, True, False,
+        False, False, True, False, False, False, True, False,
+    ]  # fmt: skip
+    assert (given["mini_batch_size"], given["global_batch_size"]) == (8, 4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"policy_loss.loss_mode": "vanilla"}, "verl's loss is `vanilla`, .* to `echo_vanilla` or `echo_gspo`"),
+        ({"shuffle": True}, r"shuffles rows .* Set `actor_rollout_ref\.actor\.shuffle=False`"),
+    ],
+)
+def test_a_configuration_that_loses_the_clips_is_refused_before_training(
+    tokenizer, shards, settings, message
+):
+    config = verl_config(**{"policy_loss.loss_mode": "echo_vanilla", **settings})
+    with pytest.raises(ConfigError, match=message):
+        echo_trainer(shards, tokenizer, Listening(1), config)
+
+
+def test_a_temperature_or_distillation_or_lambda_that_clips_cannot_have_is_refused(tokenizer, shards):
+    config = verl_config(**{"policy_loss.loss_mode": "echo_vanilla"})
+    with pytest.raises(ConfigError, match="`echo_weight` is -1"):
+        echo_trainer(shards, tokenizer, Listening(1), config, echo_weight=-1.0)
+    config.distillation.enabled = True
+    with pytest.raises(ConfigError, match=r"Set `distillation\.enabled=False`"):
+        echo_trainer(shards, tokenizer, Listening(1), config)
+    config.actor_rollout_ref.rollout.temperature = 0.7
     with pytest.raises(
         ConfigError, match=r"temperature 0\.7 .* Set `actor_rollout_ref\.rollout\.temperature=1\.0`"
     ):
-        EchoRows(shards, tokenizer)(warm)
-    with pytest.raises(ConfigError, match="`echo_weight` is -1"):
-        EchoRows(shards, tokenizer, -1.0)
+        echo_trainer(shards, tokenizer, Listening(1), config)
+
+
+def test_a_batch_that_clips_cannot_join_is_refused_with_what_to_do(tokenizer, shards):
+    config = verl_config(**TWO_STEPS, **{"policy_loss.loss_mode": "echo_vanilla"})
+    trainer = echo_trainer(shards, tokenizer, Listening(2), config)
+
     narrow = rollouts()
     for name in ("responses", "response_mask", "old_log_probs", "advantages"):
         narrow.batch[name] = narrow.batch[name][:, :1]
     with pytest.raises(FormatError, match=r"does not fit verl's 16 \+ 1\. Raise `data\.max_prompt_length`"):
-        EchoRows(shards, tokenizer)(narrow)
+        trainer._update_actor(narrow)
+    masked = rollouts()
+    masked.batch["response_mask"][[2, 3, 6, 7]] = 0  # the second step's, on two processes
+    with pytest.raises(ConfigError, match="Mini-batch 1 has no token of a rollout"):
+        trainer._update_actor(masked)
+    routed = rollouts()
+    routed.batch["routed_experts"] = torch.zeros(NUM_ROLLOUTS, 1)
+    with pytest.raises(ConfigError, match="holds `routed_experts`"):
+        trainer._update_actor(routed)
+    with pytest.raises(ConfigError, match="cannot cut 6 rollouts into mini-batches of 4 on 2 processes"):
+        trainer._update_actor(rollouts()[:6])
+    with pytest.raises(ConfigError, match=r"Set `trainer\.use_v1=False`"):
+        trainer._update_actor(object(), metrics={})
+
+
+def test_a_process_of_verls_finds_the_losses_by_its_variable_for_external_modules():
+    code = "from verl.trainer.ppo.core_algos import get_policy_loss_fn as get; get('echo_gspo')"
+    names = {"PYTHONPATH": str(PROJECT), "VERL_USE_EXTERNAL_MODULES": "trainer.adapters.verl"}
+    ran = subprocess.run([sys.executable, "-c", code], env={**os.environ, **names}, capture_output=True)
+    assert ran.returncode == 0, ran.stderr.decode()
