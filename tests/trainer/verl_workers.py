@@ -110,7 +110,7 @@ class Engine(transformer_impl.FSDPEngineWithLMHead):
             entropy_checkpointing=False,
             entropy_from_logits_with_chunking=False,
         )
-        self.ulysses_sequence_parallel_size, self.use_ulysses_sp = 1, False
+        self.ulysses_sequence_parallel_size, self.use_ulysses_sp, self.pad_to_length = 1, False, None
         self._autocast_dtype = torch.float32
 
     def get_data_parallel_rank(self):
@@ -212,17 +212,19 @@ def trainer_of(kind, config, tokenizer, workers):
     """A `RayPPOTrainer`, or what stands before it, whose worker group is `workers`."""
     config.data.train_batch_size = config.data.val_batch_size = 1
     config.data.dataloader_num_workers = 0
-    trainer = kind(
-        config=config,
-        tokenizer=tokenizer,
-        role_worker_mapping={Role.ActorRollout: None},
-        resource_pool_manager=None,
-        train_dataset=[{}],
-        val_dataset=[{}],
-        collate_fn=list,
-        train_sampler=[0],
-        device_name="cpu",
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # verl prefers its V1 trainers
+        trainer = kind(
+            config=config,
+            tokenizer=tokenizer,
+            role_worker_mapping={Role.ActorRollout: None},
+            resource_pool_manager=None,
+            train_dataset=[{}],
+            val_dataset=[{}],
+            collate_fn=list,
+            train_sampler=[0],
+            device_name="cpu",
+        )
     trainer.actor_rollout_wg = workers
     return trainer
 
