@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.engines.sampling import DrawRule, draw, measure, noise
-from pipeline.engines.tap import EntropyTap, Measured, Tapped, TapRequest
+from pipeline.engines.tap import EntropyTap, Measured, TapRequest
 
 V = 300
 
