@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -42,6 +43,8 @@ def run_processes(num_processes: int, arguments: Sequence[str]) -> int:
     """
     from torch.multiprocessing.spawn import ProcessExitedException, spawn
 
+    # It warns of each process that it ends beside a killed one, and our own line says what happened.
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

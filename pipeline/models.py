@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from pipeline.allocator import keep_freed_memory
 from pipeline.errors import ModelError, nearest, said
 from pipeline.hashing import content_id, file_sha256
 from pipeline.records import Policy
@@ -77,6 +78,8 @@ def load_model(folder: Path, device: str = "auto", dtype: str = "auto") -> PreTr
             f"The model in {folder} cannot be loaded: {said(error)}. Copy it there anew."
         ) from error
     model.requires_grad_(True).train(False)
+    if not on_cuda:
+        keep_freed_memory()
     return model
 
 

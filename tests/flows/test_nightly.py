@@ -32,7 +32,7 @@ def config(**changes):
 @pytest.fixture(scope="module", autouse=True)
 def server():
     """One Prefect server with an empty database for all tests of this file."""
-    with prefect_test_harness(server_startup_timeout=120):
+    with prefect_test_harness(server_startup_timeout=600):
         yield
 
 

@@ -154,7 +154,7 @@ def test_the_command_trains_with_two_processes_and_one_that_is_killed_ends_it_in
             time.sleep(0.2)
         children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
         os.kill(int(children[-1]), signal.SIGKILL)  # the one that was started last
-        _, errors = running.communicate(timeout=120)
+        _, errors = running.communicate(timeout=600)
     finally:
         running.kill()
     assert running.returncode == 2

@@ -48,7 +48,7 @@ scoring.score(lake, model, policy, scoring.Selection(rescore=True),
 
 def test_a_rescoring_that_is_killed_goes_on_with_what_it_had_not_committed(put, sampled, model, policy):
     lake = put(sampled)
-    killed = subprocess.run([sys.executable, "-c", KILLED, lake.folder], timeout=120)
+    killed = subprocess.run([sys.executable, "-c", KILLED, lake.folder], timeout=600)
     assert killed.returncode == -signal.SIGKILL
     assert scoring.num_waiting(lake, policy, ALL) == 2
     assert scoring.score(lake, model, policy, ALL).scored == 2
