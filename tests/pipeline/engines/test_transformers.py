@@ -219,5 +219,6 @@ def test_entropies_that_no_distribution_over_the_vocabulary_has_are_refused(entr
         return Sample(0, 0, ids, logprobs, np.array(values, np.float32), "stop")
 
     check_sample(sample([0.0, math.log(100)]), 100)
-    with pytest.raises(EngineError, match=r"of at most 4\.606 nats, and 2 log-probs for 2 tokens"):
+    with pytest.raises(EngineError, match=r"of at most 4\.606 nats, and 2 log-probs for 2 tokens") as error:
         check_sample(sample(entropies), 100)
+    assert error.value.exit_code == 1  # a fault of ours
