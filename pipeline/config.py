@@ -75,6 +75,9 @@ class ServerConfig(Section):
         600.0, gt=0, description="an answer that takes longer is asked for elsewhere"
     )
     max_attempts: int = Field(5, ge=1, description="attempts at one group, over all endpoints")
+    patience_seconds: float = Field(
+        300.0, ge=0, description="while no endpoint can be reached: how long to wait for one"
+    )
 
 
 class EngineConfig(Section):

@@ -35,7 +35,8 @@ class TapRequest:
     Attributes:
         key: unique among the running requests of an engine.
         seed: of the sample's noise.
-        draws: whether the tap draws the token; otherwise it measures only, and the logits stay as they are.
+        draws: whether the tap draws the token; otherwise it measures only: rows may be shifted by a constant,
+            which changes no softmax.
     """
 
     key: str
