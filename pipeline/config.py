@@ -76,7 +76,9 @@ class ServerConfig(Section):
     )
     max_attempts: int = Field(5, ge=1, description="attempts at one group, over all endpoints")
     patience_seconds: float = Field(
-        300.0, ge=0, description="while no endpoint can be reached: how long to wait for one"
+        300.0,
+        ge=0,
+        description="how long to wait for endpoints that were there and none of which can be reached now",
     )
 
 

@@ -54,6 +54,7 @@ class Post:
     endpoint: Endpoint
     patience_seconds: float
     up: bool = False
+    was_up: bool = False
     failures: int = 0
     good_groups: int = 0
     fault: str = ""
@@ -72,7 +73,7 @@ class Post:
             raise EndpointFault(refusal.fault) from None
 
     def comes_up(self) -> None:
-        self.up, self.unreachable_since = True, None
+        self.up, self.was_up, self.unreachable_since = True, True, None
 
     def goes_down(self, fault: EndpointFault, now: float) -> None:
         self.up, self.fault = False, str(fault)
@@ -92,9 +93,11 @@ class Post:
         self.good_groups += 1
 
     def is_lost(self, config: ServerConfig, now: float) -> bool:
-        """Whether it failed too often; one that cannot be reached may be starting, and gets its time."""
+        """Whether it failed too often; one that was there may be starting again, and gets its time."""
         if self.up or self.failures < config.max_attempts:
             return False
+        if not self.was_up:  # a mistyped address, most likely
+            return True
         return self.unreachable_since is None or now - self.unreachable_since >= config.patience_seconds
 
     def backoff_seconds(self) -> float:
