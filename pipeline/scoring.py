@@ -71,19 +71,19 @@ class Selection:
 UNSCORED = Selection()
 
 
-def num_waiting(lake: Lake, policy: Policy, selection: Selection = UNSCORED) -> int:
-    """How many rollouts are to be scored, those that the model cannot read included.
-
-    Raises:
-        LakeError: the lake has no such run.
-    """
+def check_run(lake: Lake, run_id: str) -> None:
+    """Raises LakeError if the lake has no rollouts of a run."""
     with lake.reader() as reader:
-        runs = "select count(*) as n from rollouts where run_id = $run_id"
-        if selection.run_id is not None and not reader.rows(runs, {"run_id": selection.run_id})[0]["n"]:
+        if not reader.rows("select 1 as n from rollouts where run_id = $run_id limit 1", {"run_id": run_id}):
             raise LakeError(
-                f"The lake in {lake.folder} has no run {selection.run_id}. "
+                f"The lake in {lake.folder} has no run {run_id}. "
                 'See `echomine sql "select distinct run_id from rollouts"` for those it has.'
             )
+
+
+def num_waiting(lake: Lake, policy: Policy, selection: Selection = UNSCORED) -> int:
+    """How many rollouts are to be scored, those that the model cannot read included."""
+    with lake.reader() as reader:
         waiting = sql_file("staging/waiting_rollouts")
         return int(reader.rows(f"select count(*) as n from ({waiting})", _params(policy, selection))[0]["n"])
 

@@ -145,8 +145,12 @@ def score(
     """
     settings = load_config(config, {"model": model, "score": options})
     from pipeline.lake import Lake
+    from pipeline.scoring import check_run
 
-    print_counts(as_json, _scored(Lake.open(lake), settings, run_id, rescore))
+    opened = Lake.open(lake)
+    if run_id is not None:
+        check_run(opened, run_id)
+    print_counts(as_json, _scored(opened, settings, run_id, rescore))
 
 
 def _scored(lake: Lake, settings: NightlyConfig, run_id: str | None, rescore: bool = False) -> dict[str, int]:
