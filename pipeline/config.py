@@ -31,7 +31,9 @@ class SamplingConfig(Section):
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus mass that is sampled from; 1 keeps all")
     top_k: int = Field(0, ge=0, description="most likely tokens that are sampled from; 0 keeps all")
     max_tokens: int = Field(256, ge=1, description="completion tokens at most")
-    stop: tuple[str, ...] = Field((), description="strings that end a completion, which keeps them")
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        (), description="strings that end a completion, which keeps them"
+    )
     seed: int = Field(0, ge=0, description="decides, with group and sample, each sample's noise")
 
 

@@ -97,17 +97,21 @@ def is_out_of_memory(error: BaseException) -> bool:
     return any(sign in str(error) for sign in signs)
 
 
-def _no_room(folder: Path, dtype: torch.dtype, device: str) -> ModelError:
+def more_room(dtype: torch.dtype, device: str) -> str:
+    """What to do where the memory of a device does not suffice for a model of this type; no full stop."""
     lower = []
     if dtype == torch.float32:
         lower.append("engine.dtype to bfloat16, which takes half of it")
     if device != "cpu":
         lower.append("engine.device to cpu")
-    settings = f"Set {' or '.join(lower)}; or free" if lower else "Free"
+    return f"Set {' or '.join(lower)}; or free memory" if lower else "Free memory"
+
+
+def _no_room(folder: Path, dtype: torch.dtype, device: str) -> ModelError:
     held_as = str(dtype).removeprefix("torch.")
     return ModelError(
         f"The memory of {device} has no room for the model in {folder} as {held_as}. "
-        f"{settings} memory, or give a smaller model."
+        f"{more_room(dtype, device)}, or give a smaller model."
     )
 
 
