@@ -189,6 +189,17 @@ def test_a_state_of_another_tokenizer_or_format_is_refused(make, tmp_path, monke
         Training(make, tmp_path, clips=make.clips(6), config=FEW)
 
 
+def test_batch_tokens_may_change_between_two_starts_and_moves_the_losses_by_rounding_alone(make, tmp_path):
+    calm = Training(make, tmp_path / "calm", clips=make.clips(6), config=FEW)
+    stopped(make, tmp_path / "own", 2)
+    config = FEW.model_copy(update={"batch_tokens": 25})
+    again = Training(make, tmp_path / "own", clips=make.clips(6), config=config)
+    assert [version for _, _, version in again.rollouts] == [12, 13]
+    for step, expected in zip(again.metrics, calm.metrics, strict=True):
+        assert step["loss"] == pytest.approx(expected["loss"], rel=1e-5, abs=1e-6)
+        assert step["num_completion_tokens"] == expected["num_completion_tokens"]
+
+
 def test_how_often_states_are_kept_may_change_between_two_starts(make, tmp_path):
     stopped(make, tmp_path, 2)
     config = FEW.model_copy(update={"checkpoint_every": 2, "keep_checkpoints": 1})
