@@ -68,6 +68,17 @@ def test_a_kill_at_each_single_step_changes_nothing(make, model_folder, tmp_path
         assert story(folder) == calm
 
 
+@pytest.mark.slow
+def test_a_killed_training_that_samples_with_vllm_equals_one_that_never_stopped(make, model_folder, tmp_path):
+    options = OF_SHARDS | {"engine": "vllm", "optim_steps": 4}
+    config, clips = TrainConfig.model_validate(options), make.clips(6)
+    assert run(tmp_path / "calm", model_folder, clips, config) == 0
+    assert run(tmp_path / "killed", model_folder, clips, config, Kill("step", 3)) == -9
+    assert states(tmp_path / "killed") == ["step-000000000002"]
+    assert run(tmp_path / "killed", model_folder, clips, config) == 0
+    assert story(tmp_path / "killed") == story(tmp_path / "calm")
+
+
 def stopping_at(optim_step: int):
     """A judge that stops the training when this step is sampled, as Ctrl-C would."""
     calls = iter(range(optim_step))
