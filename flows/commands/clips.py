@@ -160,8 +160,7 @@ def train(
     from trainer.ranks import joined_ranks
 
     check_night(settings, lake)
-    if nproc > 1 and "WORLD_SIZE" not in os.environ:
-        check_devices(nproc, settings.engine.device)
+    check_devices(nproc, settings.engine.device)
     folder = model_folder(settings.model)
     if shards is not None:  # bad ones must not cost a new lake
         check_clip_room(load_clips(shards, tokenizer_hash(load_tokenizer(folder))), settings.train)
