@@ -36,8 +36,7 @@ def check_devices(num_processes: int, device: str) -> None:
             time.sleep(GRACE_SECONDS)  # the first one says it for all, and torchrun ends the others
         kind = "GPUs" if on_cuda else "cores"
         raise ConfigError(
-            f"{option} {num_processes} is more than the {there} {kind} of this machine. "
-            f"Give {there} or less."
+            f"{option} {num_processes} is more than the {there} {kind} of this machine. Give {there} or less."
         )
 
 

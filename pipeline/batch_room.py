@@ -42,8 +42,8 @@ def check_rollout_room(
             raise ConfigError(
                 f"Prompt {prompt.prompt_id} ({prompt.text[:40]!r}) has {num_prompt} tokens{behind}; with "
                 f"sampling.max_tokens = {sampling.max_tokens} that makes {longest}, and train.batch_tokens, "
-                f"which one forward pass takes, is {config.batch_tokens}. Raise it, lower max_tokens, or leave "
-                "the prompt out."
+                f"which one forward pass takes, is {config.batch_tokens}. Raise it, lower max_tokens, or "
+                "leave the prompt out."
             )
 
 
@@ -55,7 +55,7 @@ def check_clip_room(clips: Sequence[Clip], config: TrainConfig) -> None:
     longest = max((len(clip.prompt_ids) + len(clip.clip_ids) for clip in clips), default=0)
     if longest > config.batch_tokens:
         raise ConfigError(
-            f"The longest clip of the shards has {longest} tokens with its prompt, and train.batch_tokens, which "
-            f"one forward pass takes, is {config.batch_tokens}. Raise it, or export with --max-tokens "
+            f"The longest clip of the shards has {longest} tokens with its prompt, and train.batch_tokens, "
+            f"which one forward pass takes, is {config.batch_tokens}. Raise it, or export with --max-tokens "
             f"{config.batch_tokens}."
         )

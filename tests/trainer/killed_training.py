@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -104,22 +105,23 @@ def _train(folder: Path, model_folder: Path, clips, config, kill: Kill | None) -
     model, tokenizer = load_model(model_folder, "cpu"), load_tokenizer(model_folder)
     at("state", run_state, "file_sha256")
     at("checkpoint", model, "save_pretrained")
-    loop.train(
-        model,
-        tokenizer,
-        _engine(config, model, tokenizer, model_folder, folder),
-        PROMPTS,
-        clips,
-        config,
-        SAMPLING,
-        even_sum,
-        rollouts,
-        lambda uses: told("uses", uses),
-        folder,
-        "training",
-        10,
-        progress=lambda _: reached("step"),
-    )
+    with closing(_engine(config, model, tokenizer, model_folder, folder)) as engine:
+        loop.train(
+            model,
+            tokenizer,
+            engine,
+            PROMPTS,
+            clips,
+            config,
+            SAMPLING,
+            even_sum,
+            rollouts,
+            lambda uses: told("uses", uses),
+            folder,
+            "training",
+            10,
+            progress=lambda _: reached("step"),
+        )
 
 
 def _engine(config, model, tokenizer, model_folder: Path, folder: Path):
