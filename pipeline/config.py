@@ -206,8 +206,12 @@ class TrainConfig(ObjectiveConfig):
     )
 
     def of_steps(self) -> dict[str, Any]:
-        """What decides the steps, as JSON values: not how they are kept and shown."""
-        return self.model_dump(mode="json", exclude={"checkpoint_every", "keep_checkpoints", "tensorboard"})
+        """What decides the steps, as JSON values: not how they are kept, shown, and cut into passes.
+
+        `batch_tokens` moves losses by rounding alone, and must change where memory ran out.
+        """
+        kept_or_cut = {"checkpoint_every", "keep_checkpoints", "tensorboard", "batch_tokens"}
+        return self.model_dump(mode="json", exclude=kept_or_cut)
 
     def of_model(self, name: str) -> TrainConfig:
         """With the λ of the model of this name, if `echo_weights` has one."""
