@@ -13,7 +13,6 @@ from prefect import flow, runtime
 from flows import tasks
 from flows.progress import bar, console
 from pipeline.config import NightlyConfig
-from pipeline.engines.choice import engine_kind
 from pipeline.errors import BusyError
 from pipeline.generate import stop_generating
 from pipeline.ingest import Ingested
@@ -93,8 +92,9 @@ def _generate(run: NightRun) -> Ingested:
                 update(done.written + done.known + done.refused)
     finally:
         stop_generating(run)
-    if engine_kind(run.config.engine) == "server":  # which tells no entropies
-        tasks.score(run)
+    # Whatever engine ends the night: servers, which tell no entropies, may have begun it.
+    for remark in tasks.score(run).remarks(run.config.model):
+        console.print(remark, soft_wrap=True, markup=False)
     return done
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Sequence
 
 from pipeline.errors import ConfigError, ModelError
@@ -15,6 +17,9 @@ GRACE_SECONDS = 20  # for the others to end, and the first one to say why, where
 
 def check_devices(num_processes: int, device: str) -> None:
     """
+    Args:
+        num_processes: `--nproc`; where torchrun started this one, its count on this machine stands instead.
+
     Raises:
         ConfigError: there are fewer GPUs, or on a CPU fewer cores.
     """
@@ -22,12 +27,17 @@ def check_devices(num_processes: int, device: str) -> None:
 
     from pipeline.models import is_on_cuda
 
+    by_torchrun = "LOCAL_WORLD_SIZE" in os.environ
+    option = "--nproc-per-node" if by_torchrun else "--nproc"
+    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
     on_cuda = is_on_cuda(device)
     there = torch.cuda.device_count() if on_cuda else len(os.sched_getaffinity(0))
     if num_processes > there:
+        if by_torchrun and os.environ["LOCAL_RANK"] != "0":
+            time.sleep(GRACE_SECONDS)  # the first one says it for all, and torchrun ends the others
         kind = "GPUs" if on_cuda else "cores"
         raise ConfigError(
-            f"--nproc {num_processes} is more than the {there} {kind} of this machine. Give {there} or less."
+            f"{option} {num_processes} is more than the {there} {kind} of this machine. Give {there} or less."
         )
 
 
@@ -42,6 +52,8 @@ def run_processes(num_processes: int, arguments: Sequence[str]) -> int:
     """
     from torch.multiprocessing.spawn import ProcessExitedException, spawn
 
+    # It warns of each process that it ends beside a killed one, and our own line says what happened.
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

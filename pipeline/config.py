@@ -31,7 +31,9 @@ class SamplingConfig(Section):
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus mass that is sampled from; 1 keeps all")
     top_k: int = Field(0, ge=0, description="most likely tokens that are sampled from; 0 keeps all")
     max_tokens: int = Field(256, ge=1, description="completion tokens at most")
-    stop: tuple[str, ...] = Field((), description="strings that end a completion, which keeps them")
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        (), description="strings that end a completion, which keeps them"
+    )
     seed: int = Field(0, ge=0, description="decides, with group and sample, each sample's noise")
 
 
@@ -75,6 +77,11 @@ class ServerConfig(Section):
         600.0, gt=0, description="an answer that takes longer is asked for elsewhere"
     )
     max_attempts: int = Field(5, ge=1, description="attempts at one group, over all endpoints")
+    patience_seconds: float = Field(
+        300.0,
+        ge=0,
+        description="how long to wait for endpoints that were there and none of which can be reached now",
+    )
 
 
 class EngineConfig(Section):
@@ -199,8 +206,12 @@ class TrainConfig(ObjectiveConfig):
     )
 
     def of_steps(self) -> dict[str, Any]:
-        """What decides the steps, as JSON values: not how they are kept and shown."""
-        return self.model_dump(mode="json", exclude={"checkpoint_every", "keep_checkpoints", "tensorboard"})
+        """What decides the steps, as JSON values: not how they are kept, shown, and cut into passes.
+
+        `batch_tokens` moves losses by rounding alone, and must change where memory ran out.
+        """
+        kept_or_cut = {"checkpoint_every", "keep_checkpoints", "tensorboard", "batch_tokens"}
+        return self.model_dump(mode="json", exclude=kept_or_cut)
 
     def of_model(self, name: str) -> TrainConfig:
         """With the λ of the model of this name, if `echo_weights` has one."""

@@ -1,7 +1,7 @@
 """Errors a user can act on. Each message says what is wrong, where, and what to do, on one line.
 
 The command prints them without a traceback and exits with `exit_code`; anything else that is raised
-is a fault of ours and keeps its traceback.
+is a fault of ours and keeps its traceback. So is an `EngineBug`, whose line says more than its traceback.
 """
 
 from __future__ import annotations
@@ -59,6 +59,12 @@ class MiningError(EchoMineError):
 
 class EngineError(EchoMineError):
     """The engine that samples cannot go on."""
+
+
+class EngineBug(EngineError):
+    """An engine contradicts itself: a fault of ours, exit code 1."""
+
+    exit_code = 1
 
 
 class BusyError(EchoMineError):

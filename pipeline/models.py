@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from pipeline.allocator import keep_freed_memory
 from pipeline.errors import ModelError, nearest, said
 from pipeline.hashing import content_id, file_sha256
 from pipeline.records import Policy
@@ -77,6 +78,8 @@ def load_model(folder: Path, device: str = "auto", dtype: str = "auto") -> PreTr
             f"The model in {folder} cannot be loaded: {said(error)}. Copy it there anew."
         ) from error
     model.requires_grad_(True).train(False)
+    if not on_cuda:
+        keep_freed_memory()
     return model
 
 
@@ -94,17 +97,21 @@ def is_out_of_memory(error: BaseException) -> bool:
     return any(sign in str(error) for sign in signs)
 
 
-def _no_room(folder: Path, dtype: torch.dtype, device: str) -> ModelError:
+def more_room(dtype: torch.dtype, device: str) -> str:
+    """What to do where the memory of a device does not suffice for a model of this type; no full stop."""
     lower = []
     if dtype == torch.float32:
         lower.append("engine.dtype to bfloat16, which takes half of it")
     if device != "cpu":
         lower.append("engine.device to cpu")
-    settings = f"Set {' or '.join(lower)}; or free" if lower else "Free"
+    return f"Set {' or '.join(lower)}; or free memory" if lower else "Free memory"
+
+
+def _no_room(folder: Path, dtype: torch.dtype, device: str) -> ModelError:
     held_as = str(dtype).removeprefix("torch.")
     return ModelError(
         f"The memory of {device} has no room for the model in {folder} as {held_as}. "
-        f"{settings} memory, or give a smaller model."
+        f"{more_room(dtype, device)}, or give a smaller model."
     )
 
 

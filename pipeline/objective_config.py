@@ -57,6 +57,8 @@ class DapoConfig(Section):
 class DrGrpoConfig(Section):
     clip_low: ClipLow = 0.2
     clip_high: ClipHigh = 0.2
+    scale_rewards: ScaleRewards = False
+    advantage_epsilon: AdvantageEpsilon = 1e-6
     norm_tokens: NormTokens = None
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from pipeline.batch_room import check_rollout_room
 from pipeline.config import NightlyConfig
 from pipeline.engines.choice import check_engine
 from pipeline.errors import ModelError, said
@@ -23,17 +24,22 @@ def check_night(config: NightlyConfig, lake: Path | None = None) -> None:
 
     Args:
         lake: where the training that follows finds experts, if its objective learns from them; None where no
-            training follows.
+            training follows. Its prompts must then leave room for their completions, too.
     """
     check_name(config.verify.verifier)
     prompts = read_prompts(config.prompts, config.max_prompts)
     check_engine(config.engine)
     folder = model_folder(config.model)
-    check_fit(folder, load_tokenizer(folder))
+    tokenizer = load_tokenizer(folder)
+    check_fit(folder, tokenizer)
     check_weights(folder)
     recorded_version(folder)
-    if lake is not None and config.train.objective in TAUGHT_BY_EXPERTS:
-        experts_of(Lake.open(lake), prompts, folder, config.train, config.sampling)
+    if lake is not None:
+        taught = config.train.objective in TAUGHT_BY_EXPERTS
+        experts = (
+            experts_of(Lake.open(lake), prompts, folder, config.train, config.sampling) if taught else {}
+        )
+        check_rollout_room(prompts, experts, config.train, config.sampling, tokenizer)
     if config.verify.verifier not in BUILT_IN:
         # a process of its own imports it, as it will tonight
         with VerifierPool(config.verify):

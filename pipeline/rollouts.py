@@ -21,7 +21,7 @@ from pipeline.precision import FLOAT32_BITS, rounded
 from pipeline.quarantine import Refused
 from pipeline.records import Group, Judgement, Policy, Prompt, Run, group_id
 from pipeline.steps import SPLITTER, StepSpanError, mean_step_entropies
-from pipeline.tokenization import completion_step_ends, completion_text
+from pipeline.tokenization import completion_text, sampled_step_ends
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
@@ -84,7 +84,7 @@ def rollout_rows(
                 "reward_parts": list(judgement.parts.items()) or None,
                 "verifier": sampled.verifier,
                 "verifier_version": sampled.verifier_version,
-                "step_ends": completion_step_ends(tokenizer, sample.completion_ids.tolist()),
+                "step_ends": sampled_step_ends(tokenizer, sample.completion_ids),
                 "splitter": SPLITTER,
                 "created_at": now,
             }

@@ -40,9 +40,11 @@ class Chunk:
         indices: list[int] = np.flatnonzero(~self._scored).tolist()
         return indices
 
-    def longest(self, indices: Sequence[int]) -> int:
-        """Prompt and completion tokens of the longest of some rollouts."""
-        return int((np.diff(self._prompt_ends) + np.diff(self._ends))[indices].max())
+    def longest(self, indices: Sequence[int]) -> tuple[int, int]:
+        """The longest of some rollouts, and its prompt and completion tokens."""
+        num_tokens = (np.diff(self._prompt_ends) + np.diff(self._ends))[indices]
+        place = int(num_tokens.argmax())
+        return indices[place], int(num_tokens[place])
 
     def rows(self, indices: Sequence[int]) -> list[Row]:
         """Prompt ids [P] and completion ids [T] of each; views, not copies."""

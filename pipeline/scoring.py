@@ -21,7 +21,7 @@ from pipeline.errors import LakeError, ModelError
 from pipeline.lake import Lake
 from pipeline.lake_reader import Reader
 from pipeline.logprobs import NO_LIMIT, TokenStats, check_head, context_and_vocabulary
-from pipeline.models import is_out_of_memory, load_model
+from pipeline.models import is_out_of_memory, load_model, more_room
 from pipeline.onednn import OneDnnLinear
 from pipeline.records import Policy
 from pipeline.runs import NightRun, facts, update_facts
@@ -54,6 +54,21 @@ class Scored:
     unreadable: int = 0
     batch_tokens: int | None = None
 
+    def remarks(self, model: str) -> list[str]:
+        """What a user should know of a scoring by the model of this name, a line each; mostly nothing."""
+        lines = []
+        if self.other_tokenizer or self.unreadable:
+            lines.append(
+                f"{self.other_tokenizer + self.unreadable} rollouts still wait: {self.other_tokenizer} are "
+                "of another tokenizer (give the model that sampled them), "
+                f"{self.unreadable} have no prompt or do not fit the context of {model}."
+            )
+        if self.batch_tokens is not None:
+            lines.append(
+                f"Memory ran out, so passes were made smaller. Set score.batch_tokens to {self.batch_tokens}."
+            )
+        return lines
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -71,28 +86,33 @@ class Selection:
 UNSCORED = Selection()
 
 
-def num_waiting(lake: Lake, policy: Policy, selection: Selection = UNSCORED) -> int:
-    """How many rollouts are to be scored, those that the model cannot read included.
-
-    Raises:
-        LakeError: the lake has no such run.
-    """
+def check_run(lake: Lake, run_id: str) -> None:
+    """Raises LakeError if the lake has no rollouts of a run."""
     with lake.reader() as reader:
-        runs = "select count(*) as n from rollouts where run_id = $run_id"
-        if selection.run_id is not None and not reader.rows(runs, {"run_id": selection.run_id})[0]["n"]:
+        if not reader.rows("select 1 as n from rollouts where run_id = $run_id limit 1", {"run_id": run_id}):
             raise LakeError(
-                f"The lake in {lake.folder} has no run {selection.run_id}. "
+                f"The lake in {lake.folder} has no run {run_id}. "
                 'See `echomine sql "select distinct run_id from rollouts"` for those it has.'
             )
-        waiting = sql_file("staging/waiting_rollouts")
-        return int(reader.rows(f"select count(*) as n from ({waiting})", _params(policy, selection))[0]["n"])
+
+
+def num_waiting(lake: Lake, policy: Policy, selection: Selection = UNSCORED) -> int:
+    """How many rollouts are to be scored, those that the model cannot read included."""
+    with lake.reader() as reader:
+        return _num_waiting(reader, policy, selection)
 
 
 def score_run(run: NightRun, progress: Callable[[int], None] | None = None) -> Scored:
-    """Scores the rollouts of a night that its engine gave no entropies, by the model that sampled them."""
-    lake, selection = run.lake(), Selection(run.run_id)
-    if not num_waiting(lake, run.policy, selection):
-        return Scored()
+    """Scores the rollouts of a night that came without entropies, by the model that sampled them.
+
+    The others, too, if there are any: a night that servers began and an engine ended has two kinds of
+    entropies, and a mining ranks one. Where none waits this costs two queries, and no model is loaded.
+    """
+    lake = run.lake()
+    with lake.reader() as reader:
+        selection = Selection(run.run_id, rescore=_has_two_kinds(reader, run.run_id))
+        if not _num_waiting(reader, run.policy, selection):
+            return Scored()
     started, noted = time.monotonic(), facts(run)
     model = load_model(run.model_folder, run.config.engine.device, run.config.engine.dtype)
     done = score(lake, model, run.policy, selection, run.config.score.batch_tokens, progress)
@@ -101,6 +121,8 @@ def score_run(run: NightRun, progress: Callable[[int], None] | None = None) -> S
         num_scored=noted.get("num_scored", 0) + done.scored,
         score_seconds=noted.get("score_seconds", 0.0) + time.monotonic() - started,
     )
+    if done.scored:
+        update_facts(run, snapshot=None)  # what was mined before lacks these
     return done
 
 
@@ -141,6 +163,21 @@ def score(
         ):
             scorer.score(Chunk(rollouts))
     return scorer.done
+
+
+def _num_waiting(reader: Reader, policy: Policy, selection: Selection) -> int:
+    waiting = sql_file("staging/waiting_rollouts")
+    return int(reader.rows(f"select count(*) as n from ({waiting})", _params(policy, selection))[0]["n"])
+
+
+def _has_two_kinds(reader: Reader, run_id: str) -> bool:
+    """Whether a night's engines measured some of its entropies, and the scorer gave or shall give others."""
+    query = """
+        select count(distinct coalesce(entropy_kind, 'rescored')) > 1 as two
+        from rollouts
+        where run_id = $run_id and origin = 'policy'
+    """
+    return bool(reader.rows(query, {"run_id": run_id})[0]["two"])
 
 
 def _params(policy: Policy, selection: Selection, context: int = NO_LIMIT) -> dict[str, object]:
@@ -191,27 +228,28 @@ class _Scorer:
         self.done, self.batch_tokens, self.progress = counts, batch_tokens, progress
 
     def score(self, chunk: Chunk) -> None:
-        waiting, uncommitted, committed = chunk.unscored(), list[int](), time.monotonic()
-        while waiting:
-            try:
-                with torch.inference_mode(), OneDnnLinear():
-                    for part, stats in forward_passes(self.model, chunk.rows(waiting), self.batch_tokens):
-                        indices = [waiting[i] for i in part]
-                        self._set_scores(chunk, indices, stats)
-                        uncommitted += indices
-                        if time.monotonic() - committed > COMMIT_SECONDS:
-                            self._commit(chunk, uncommitted)
-                            uncommitted, committed = [], time.monotonic()
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                self._commit(chunk, uncommitted)
-                uncommitted = []
-                self._lower_batch_tokens(chunk.longest(chunk.unscored()))
-            waiting = chunk.unscored()
-            if waiting and self.model.device.type == "cuda":
-                torch.cuda.empty_cache()
+        while waiting := chunk.unscored():
+            if not self._score_within_memory(chunk, waiting):
+                self._make_passes_smaller(chunk)
+
+    def _score_within_memory(self, chunk: Chunk, waiting: list[int]) -> bool:
+        """Scores and commits rollouts until all are or memory runs out; False if it did."""
+        uncommitted, committed, memory_lasts = list[int](), time.monotonic(), True
+        try:
+            with torch.inference_mode(), OneDnnLinear():
+                for part, stats in forward_passes(self.model, chunk.rows(waiting), self.batch_tokens):
+                    indices = [waiting[i] for i in part]
+                    self._set_scores(chunk, indices, stats)
+                    uncommitted += indices
+                    if time.monotonic() - committed > COMMIT_SECONDS:
+                        self._commit(chunk, uncommitted)
+                        uncommitted, committed = [], time.monotonic()
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            memory_lasts = False
         self._commit(chunk, uncommitted)
+        return memory_lasts
 
     def _set_scores(self, chunk: Chunk, indices: list[int], stats: TokenStats) -> None:
         entropies, logprobs = stats.entropies.cpu().numpy(), stats.logprobs.cpu().numpy()
@@ -222,14 +260,22 @@ class _Scorer:
             )
         chunk.set_scores(indices, entropies, logprobs)
 
-    def _lower_batch_tokens(self, longest: int) -> None:
-        if self.batch_tokens <= longest:
+    def _make_passes_smaller(self, chunk: Chunk) -> None:
+        """Halves `batch_tokens`; to less than the longest rollout only once that was scored alone."""
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        longest, num_tokens = chunk.longest(chunk.unscored())
+        smaller = self.batch_tokens // 2
+        if self.batch_tokens > num_tokens:
+            smaller = max(smaller, num_tokens)
+        elif not self._score_within_memory(chunk, [longest]):
             raise ModelError(
-                f"A rollout of {longest} tokens does not fit into the memory of {self.model.device} beside "
-                f"{self.policy.model}, even alone. Set engine.dtype to bfloat16 or engine.device to cpu, or "
-                "free memory; what was scored before stays."
-            ) from None
-        self.batch_tokens = max(longest, self.batch_tokens // 2)
+                f"A rollout of {num_tokens} tokens does not fit into the memory of {self.model.device} "
+                f"beside {self.policy.model}, even alone. "
+                f"{more_room(self.model.dtype, self.model.device.type)}. "
+                "What was scored before stays."
+            )
+        self.batch_tokens = max(1, smaller)
         self.done = replace(self.done, batch_tokens=self.batch_tokens)
 
     def _commit(self, chunk: Chunk, indices: list[int]) -> None:

@@ -112,6 +112,7 @@ class Relay:
         spoil: Spoil | None = None,
         spoil_probe: bool = False,
         forward_model: str | None = None,
+        port: int = 0,
     ) -> None:
         self.upstream = upstream.removesuffix("/v1")
         self.spoil, self.spoil_probe = spoil, spoil_probe
@@ -120,7 +121,7 @@ class Relay:
         self.num_completions = 0
         self.keys: set[str | None] = set()
         self.others: dict[str, Answer] = {}  # instead of the real answer, by path
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), self._handler())
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.objective_config import DapoConfig, DrGrpoConfig, LuffyConfig, ObjectiveConfig
+from pipeline.objective_config import DapoConfig, LuffyConfig, ObjectiveConfig
 
 REWARD_TOLERANCE = 1e-6
 ADVANTAGE_EPSILON = 1e-6
@@ -46,9 +46,14 @@ def batch_advantages(
         rewards = task_rewards - options.overlong_penalty * overlong_share(lengths, max_tokens, buffer)
     if isinstance(options, LuffyConfig) and is_expert is not None and not options.experts_in_statistics:
         counted = ~is_expert
-    scale = not isinstance(options, DrGrpoConfig) and options.scale_rewards
-    epsilon = ADVANTAGE_EPSILON if isinstance(options, DrGrpoConfig) else options.advantage_epsilon
-    advantages = group_advantages(rewards, group_index, scale, tolerance, epsilon=epsilon, counted=counted)
+    advantages = group_advantages(
+        rewards,
+        group_index,
+        options.scale_rewards,
+        tolerance,
+        epsilon=options.advantage_epsilon,
+        counted=counted,
+    )
     return advantages * kept, kept
 
 

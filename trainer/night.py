@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from pipeline import schema
+from pipeline.batch_room import check_clip_room, check_rollout_room
 from pipeline.config import EngineConfig, MiningConfig, SamplingConfig, TrainConfig, VerifyConfig
 from pipeline.engines.base import Engine, UpdatableEngine
 from pipeline.engines.choice import open_engine
@@ -90,6 +91,8 @@ def train_on_shards(
     sampling = sampling.model_copy(update={"group_size": config.group_size})
     if done.is_file():
         return _with_metrics(json.loads(done.read_text()), folder)
+    check_rollout_room(prompts, experts, config, sampling, tokenizer)
+    check_clip_room(clips, config)
     model = load_model(model_folder, engine_config.device, engine_config.dtype)
     if ranks.size > 1 and config.engine == "vllm":
         raise ConfigError("train.engine = vllm samples for one process. Set it to model, or train with one.")

@@ -18,7 +18,7 @@ from pipeline.hashing import rollout_id
 from pipeline.records import Group, Int32, Judgement, Sample, group_id
 from pipeline.shards import Clip
 from pipeline.steps import DELIMITER, mean_step_entropies
-from pipeline.tokenization import completion_step_ends
+from pipeline.tokenization import sampled_step_ends
 from trainer.metrics import group_class
 from trainer.rollout_batch import Rollouts
 
@@ -93,8 +93,8 @@ class OnlineClips:
     def _best_step(self, index: int, sample: Sample) -> _Candidate | None:
         """The step of highest entropy, the earliest on ties, of those that the rules allow."""
         assert sample.entropies is not None
-        ids, delimiter = sample.completion_ids.tolist(), self.rules.delimiter or DELIMITER
-        ends = np.array(completion_step_ends(self.tokenizer, ids, delimiter), dtype=np.int32)
+        delimiter = self.rules.delimiter or DELIMITER
+        ends = np.array(sampled_step_ends(self.tokenizer, sample.completion_ids, delimiter), dtype=np.int32)
         if not len(ends):
             return None
         means = mean_step_entropies(sample.entropies, ends, np.zeros(len(ends), dtype=np.int64))

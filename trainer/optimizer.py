@@ -124,11 +124,19 @@ class MasterAdamW:
                 param.copy_(master)
 
     def state(self) -> dict[str, Tensor]:
-        """Masters, moments and step counts, by kind and parameter ("exp_avg.lm_head.weight")."""
+        """Masters, moments and step counts, by kind and parameter ("exp_avg.lm_head.weight"), on the CPU.
+
+        The first process gets them, the others nothing. One tensor at a time is gathered: all together are
+        what was spread because one device does not hold them.
+        """
         tensors = {}
         for name, master in zip(self._names, self._masters, strict=True):
             of_master = {"master": master.detach(), **self._adamw.state.get(master, {})}
-            tensors.update({f"{kind}.{name}": whole(of_master[kind]).contiguous() for kind in of_master})
+            for kind, values in of_master.items():
+                gathered = whole(values)
+                if self._ranks.is_first:
+                    tensors[f"{kind}.{name}"] = gathered.cpu().contiguous()
+                del gathered
         return tensors
 
     @torch.no_grad()

@@ -148,6 +148,7 @@ def train(
     if shards is None and settings.train.echo_source != "online":
         raise click.UsageError("Give the folder of SHARDS, or --echo-source online")
     from flows.progress import training_progress
+    from pipeline.batch_room import check_clip_room
     from pipeline.lake import Lake
     from pipeline.models import is_on_cuda, model_folder
     from pipeline.preflight import check_night
@@ -159,11 +160,10 @@ def train(
     from trainer.ranks import joined_ranks
 
     check_night(settings, lake)
-    if nproc > 1 and "WORLD_SIZE" not in os.environ:
-        check_devices(nproc, settings.engine.device)
+    check_devices(nproc, settings.engine.device)
     folder = model_folder(settings.model)
     if shards is not None:  # bad ones must not cost a new lake
-        load_clips(shards, tokenizer_hash(load_tokenizer(folder)))
+        check_clip_room(load_clips(shards, tokenizer_hash(load_tokenizer(folder))), settings.train)
     opened = Lake.create(lake)
     if nproc > 1 and "WORLD_SIZE" not in os.environ:
         sys.exit(run_processes(nproc, context.find_root().obj))

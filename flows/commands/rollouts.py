@@ -145,8 +145,12 @@ def score(
     """
     settings = load_config(config, {"model": model, "score": options})
     from pipeline.lake import Lake
+    from pipeline.scoring import check_run
 
-    print_counts(as_json, _scored(Lake.open(lake), settings, run_id, rescore))
+    opened = Lake.open(lake)
+    if run_id is not None:
+        check_run(opened, run_id)
+    print_counts(as_json, _scored(opened, settings, run_id, rescore))
 
 
 def _scored(lake: Lake, settings: NightlyConfig, run_id: str | None, rescore: bool = False) -> dict[str, int]:
@@ -163,12 +167,6 @@ def _scored(lake: Lake, settings: NightlyConfig, run_id: str | None, rescore: bo
     loaded = load_model(folder, settings.engine.device, settings.engine.dtype)
     with bar("scoring rollouts", waiting) as update:
         done = scoring.score(lake, loaded, policy, selection, settings.score.batch_tokens, update)
-    if done.other_tokenizer or done.unreadable:
-        note(
-            f"{done.other_tokenizer + done.unreadable} rollouts still wait: {done.other_tokenizer} are of "
-            "another tokenizer (give the model that sampled them), "
-            f"{done.unreadable} have no prompt or do not fit the context of {settings.model}."
-        )
-    if done.batch_tokens is not None:
-        note(f"Memory ran out, so passes were made smaller. Set score.batch_tokens to {done.batch_tokens}.")
+    for remark in done.remarks(settings.model):
+        note(remark)
     return {name: value for name, value in asdict(done).items() if value is not None}

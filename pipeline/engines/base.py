@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from pipeline.config import SamplingConfig
-from pipeline.errors import EngineError, PromptError
+from pipeline.errors import EngineBug, EngineError, PromptError
 from pipeline.prompts import prompt_messages_ids
 from pipeline.records import Group, Int32, Prompt, Sample
 
@@ -118,7 +118,8 @@ def check_sample(sample: Sample, vocabulary: int) -> None:
     """Sees to it that each token has a log-prob, and an entropy that `vocabulary` tokens can have.
 
     Raises:
-        EngineError: the model's logits are no numbers, or the engine measured something else.
+        EngineError: the model's logits are no numbers.
+        EngineBug: the engine measured something else.
     """
     assert sample.logprobs is not None
     assert sample.entropies is not None
@@ -132,7 +133,7 @@ def check_sample(sample: Sample, vocabulary: int) -> None:
     possible = ((entropies >= 0) & (entropies <= greatest)).all()
     if not possible or not len(entropies) == len(logprobs) == num_tokens:
         smallest, largest = entropies.min(initial=0.0), entropies.max(initial=0.0)
-        raise EngineError(
+        raise EngineBug(
             f"There are {len(entropies)} entropies, from {smallest:.3f} to {largest:.3f} of at most "
             f"{greatest:.3f} nats, and {len(logprobs)} log-probs for {num_tokens} tokens. "
             "This is a fault of ours."

@@ -111,12 +111,14 @@ def _pick(weights: Tensor, uniforms: Tensor) -> Tensor:
     sums are added up in float64.
     """
     num_tokens = weights.shape[1]
+    if num_tokens <= BLOCK:
+        return _position(weights.double(), uniforms)[0]
     whole = num_tokens // BLOCK * BLOCK
     sums = [weights[:, :whole].view(len(weights), -1, BLOCK).sum(dim=-1)] if whole else []
     if whole < num_tokens:
         sums.append(weights[:, whole:].sum(dim=-1, keepdim=True))
     block, fraction = _position(torch.cat(sums, dim=1).double(), uniforms)
-    columns = block[:, None] * BLOCK + torch.arange(min(BLOCK, num_tokens), device=weights.device)
+    columns = block[:, None] * BLOCK + torch.arange(BLOCK, device=weights.device)
     inside = weights.gather(1, columns.clamp(max=num_tokens - 1)).double()
     inside = inside.masked_fill(columns >= num_tokens, 0.0)
     index, _ = _position(inside, fraction)

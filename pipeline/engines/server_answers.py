@@ -11,10 +11,29 @@ from pipeline.errors import EngineError
 
 MAX_DETAIL_CHARS = 200  # of what an endpoint says, within a message of ours
 ASK_AGAIN = frozenset((408, 425, 429))  # client errors that time heals
+OF_ENDPOINT = frozenset((401, 403, 404))  # where it sampled before, its setup was changed; others may go on
+STARTING = frozenset((502, 503, 504))  # what a gateway says for a server that is not there
 
 
 class EndpointFault(Exception):
     """An endpoint did not answer, or answered what cannot be true; another one may do better."""
+
+
+class Unreachable(EndpointFault):
+    """Nobody answers, or a gateway alone: the server may be starting, which takes minutes."""
+
+
+class Refusal(EngineError):
+    """An endpoint refuses what it is asked, and will until someone acts.
+
+    Attributes:
+        code: the HTTP status.
+        fault: what it said, for where the endpoint is named anyway.
+    """
+
+    def __init__(self, message: str, code: int, fault: str) -> None:
+        super().__init__(message)
+        self.code, self.fault = code, fault
 
 
 class Card(BaseModel):
@@ -101,29 +120,32 @@ def refuse_status(url: str, path: str, response: httpx.Response) -> None:
     """Sorts the answers that are no 200 into what time or another server heals, and what the user must.
 
     Raises:
-        EndpointFault: the server's trouble.
-        EngineError: ours: the key, the model's name, a setting.
+        EndpointFault: the server's trouble; Unreachable where it is not there.
+        Refusal: ours: the key, the model's name, a setting.
     """
     code, detail = response.status_code, _detail(response)
     if code == 200:
         return
     # vLLM answers 400 where its own log-probs are NaN
     if not 400 <= code < 500 or code in ASK_AGAIN or "not JSON compliant" in detail:
-        raise EndpointFault(f"it answers {code}: {detail}{_hint(detail)}")
+        kind = Unreachable if code in STARTING else EndpointFault
+        raise kind(f"it answers {code}: {detail}{_hint(detail)}")
     if code in (401, 403):
-        raise EngineError(
+        line = (
             f"{url} refuses the API key ({code}). Put the key into an environment variable, and that "
             f"variable's name into engine.server.api_key_env."
         )
-    if code == 404:
-        raise EngineError(
+    elif code == 404:
+        line = (
             f"{url} answers 404 to {path}: {detail}. Check engine.server.endpoints (the server's /v1) and "
             f"engine.server.model."
         )
-    raise EngineError(
-        f"{url} refuses a request ({code}): {detail}. Change the setting that it names, or start the server "
-        f"with one that takes it."
-    )
+    else:
+        line = (
+            f"{url} refuses a request ({code}): {detail}. Change the setting that it names, or start the "
+            f"server with one that takes it."
+        )
+    raise Refusal(line, code, f"it answers {code} to {path}: {detail}")
 
 
 def _detail(response: httpx.Response) -> str:

@@ -16,7 +16,9 @@ from pipeline.engines.server_answers import (
     Card,
     EndpointFault,
     Models,
+    Refusal,
     Tokens,
+    Unreachable,
     believed,
     parsed,
     refuse_status,
@@ -135,8 +137,10 @@ class Endpoint:
         body = {"model": self.model, "prompt": text, "add_special_tokens": False}
         try:
             theirs = parsed(Tokens, await self._ask("POST", "/tokenize", body)).tokens
-        except (EndpointFault, EngineError):
-            return  # some gateways pass on /v1 alone
+        except Refusal as refusal:
+            if refusal.code in (404, 405):
+                return  # some gateways pass on /v1 alone
+            raise
         ours = self.tokenizer.encode(text, add_special_tokens=False)
         if theirs != ours:
             raise EngineError(
@@ -149,7 +153,7 @@ class Endpoint:
         try:
             response = await self.client.request(method, self.root + path, json=body)
         except httpx.HTTPError as error:
-            raise EndpointFault(said(error)) from None
+            raise Unreachable(said(error)) from None
         refuse_status(self.url, path, response)
         return response.content
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -21,6 +22,8 @@ from pipeline.records import Group
 GRACE_SECONDS = 2.0  # so long the first groups wait for every endpoint's first check, to be shared evenly
 TICK_SECONDS = 0.1
 MAX_SHOWN = 3  # endpoints in one message
+
+log = logging.getLogger(__name__)
 
 
 class Pool:
@@ -41,6 +44,7 @@ class Pool:
         self.flying: set[Job] = set()
         self.lost: list[tuple[Job, str]] = []
         self.num_open = len(jobs)
+        self.is_told = False  # that no endpoint can be reached
         self.changed = asyncio.Event()  # a post or a job did
         self.recoveries: set[asyncio.Task[None]] = set()
 
@@ -122,9 +126,10 @@ class Pool:
     async def _attempt(self, post: Post, job: Job) -> None:
         began = _now()
         try:
-            group = await post.endpoint.group(job.request, job.prompt_ids, self.sampling)
+            with post.faults():
+                group = await post.endpoint.group(job.request, job.prompt_ids, self.sampling)
         except EndpointFault as fault:
-            self._failed(post, job, str(fault))
+            self._failed(post, job, fault)
             return
         post.sampled_one(_now() - began)
         if not job.finished:
@@ -134,11 +139,11 @@ class Pool:
                 if other is not post:
                     task.cancel()
 
-    def _failed(self, post: Post, job: Job, fault: str) -> None:
+    def _failed(self, post: Post, job: Job, fault: EndpointFault) -> None:
         job.running.pop(post)
         job.faults[post] += 1
         if post.up:  # else another of the same burst took it down
-            post.goes_down(fault)
+            post.goes_down(fault, _now())
             self._recover(post)
         self._give_up()
         if job.finished or job.running:
@@ -167,10 +172,12 @@ class Pool:
             if post.failures:
                 await asyncio.sleep(post.backoff_seconds())
             try:
-                await post.endpoint.check(first.request.prompt.text, first.prompt_ids)
-                post.up = True
+                with post.faults():
+                    await post.endpoint.check(first.request.prompt.text, first.prompt_ids)
+                post.comes_up()
+                self.is_told = False
             except EndpointFault as fault:
-                post.goes_down(str(fault))
+                post.goes_down(fault, _now())
                 self._give_up()
             self.changed.set()
         names = {other.endpoint.model: other.endpoint.url for other in self.posts if other.up}
@@ -190,7 +197,8 @@ class Pool:
         """Ends the pool when every endpoint failed too often and nothing is on its way that may still do."""
         current = asyncio.current_task()
         hope = any(task is not current and not task.done() for post in self.posts for task in post.running)
-        if hope or any(post.up or post.failures < self.config.max_attempts for post in self.posts):
+        if hope or not all(post.is_lost(self.config, _now()) for post in self.posts):
+            self._tell_of_waiting()
             return
         shown = "; ".join(f"{post.endpoint.url}: {post.fault}" for post in self.posts[:MAX_SHOWN])
         more = len(self.posts) - MAX_SHOWN
@@ -198,6 +206,17 @@ class Pool:
             f"No endpoint samples: {shown}{f'; and {more} more' if more > 0 else ''}. Start the servers "
             f"(`vllm serve MODEL`), or mend engine.server.endpoints; then start again, finished groups stay."
         )
+
+    def _tell_of_waiting(self) -> None:
+        """Says once that everything waits for servers that cannot be reached."""
+        enough = self.config.max_attempts
+        away = [post for post in self.posts if post.failures >= enough and post.unreachable_since is not None]
+        if not self.is_told and len(away) == len(self.posts):
+            self.is_told = True
+            log.warning(
+                "No endpoint can be reached; asking again for %g s (engine.server.patience_seconds).",
+                self.config.patience_seconds,
+            )
 
 
 def _now() -> float:

@@ -6,9 +6,13 @@ import asyncio
 import logging
 import random
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from pipeline.config import ServerConfig
 from pipeline.engines.base import GroupRequest
+from pipeline.engines.server_answers import OF_ENDPOINT, EndpointFault, Refusal, Unreachable
 from pipeline.engines.server_endpoint import Endpoint
 from pipeline.records import Int32
 
@@ -44,19 +48,40 @@ class Post:
         failures: since its last good group; those of one burst count once.
         patience_seconds: a group that is on its way elsewhere for longer gets a copy here. It is the
             longest that a group took here, where one did.
+        unreachable_since: the first of the latest attempts that reached nobody, in the event loop's seconds.
     """
 
     endpoint: Endpoint
     patience_seconds: float
     up: bool = False
+    was_up: bool = False
     failures: int = 0
     good_groups: int = 0
     fault: str = ""
+    unreachable_since: float | None = None
     running: set[asyncio.Task[None]] = field(default_factory=set)
 
-    def goes_down(self, fault: str) -> None:
-        self.up, self.fault = False, fault
+    @contextmanager
+    def faults(self) -> Iterator[None]:
+        """What refuses the key or the model is the user's to mend; of an endpoint that has sampled, it is a
+        fault that leaves the night to the others."""
+        try:
+            yield
+        except Refusal as refusal:
+            if not self.good_groups or refusal.code not in OF_ENDPOINT:
+                raise
+            raise EndpointFault(refusal.fault) from None
+
+    def comes_up(self) -> None:
+        self.up, self.was_up, self.unreachable_since = True, True, None
+
+    def goes_down(self, fault: EndpointFault, now: float) -> None:
+        self.up, self.fault = False, str(fault)
         self.failures += 1
+        if not isinstance(fault, Unreachable):
+            self.unreachable_since = None
+        elif self.unreachable_since is None:
+            self.unreachable_since = now
         if self.failures == 1:
             log.warning("%s is left out for now: %s.", self.endpoint.url, fault)
 
@@ -66,6 +91,14 @@ class Post:
         self.failures = 0
         self.patience_seconds = max(self.patience_seconds, seconds) if self.good_groups else seconds
         self.good_groups += 1
+
+    def is_lost(self, config: ServerConfig, now: float) -> bool:
+        """Whether it failed too often; one that was there may be starting again, and gets its time."""
+        if self.up or self.failures < config.max_attempts:
+            return False
+        if not self.was_up:  # a mistyped address, most likely
+            return True
+        return self.unreachable_since is None or now - self.unreachable_since >= config.patience_seconds
 
     def backoff_seconds(self) -> float:
         """Up to 0.5 s after the first failure, then up to twice as long each time; at random, since several

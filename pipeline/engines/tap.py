@@ -11,6 +11,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import count, pairwise
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,8 @@ class TapRequest:
     Attributes:
         key: unique among the running requests of an engine.
         seed: of the sample's noise.
-        draws: whether the tap draws the token; otherwise it measures only, and the logits stay as they are.
+        draws: whether the tap draws the token; otherwise it measures only: rows may be shifted by a constant,
+            which changes no softmax.
     """
 
     key: str
@@ -62,6 +64,7 @@ class Tapped:
 
     request: TapRequest
     rule_index: int  # the same for requests that are drawn by the same rule
+    number: int  # never that of another request
     noise: array[float] = field(init=False)  # [max_tokens]; its elements are read one by one
     rows: NDArray[Any] = field(init=False)  # [max_tokens] of _ROW; NaN where nothing was measured
     num_tokens: int = 0  # positions up to the last that was measured
@@ -96,16 +99,17 @@ class EntropyTap:
 
     def __init__(self) -> None:
         self._running: dict[str, Tapped] = {}
+        self._numbers = count()
         self._rules: dict[tuple[DrawRule, bool], int] = {}
-        self._pending: list[tuple[list[tuple[Tapped, int]], Tensor]] = []
-        self._num_pending = 0
+        self._places: list[tuple[int, int]] = []  # number of the request, position: of what waits
+        self._pending: list[Tensor] = []  # [3, rows] each
 
     def open(self, request: TapRequest) -> Tapped:
         """The state of a request that enters the batch; of one that was preempted, the state it had."""
         tapped = self._running.get(request.key)
         if tapped is None:
             rule_index = self._rules.setdefault((request.rule, request.draws), len(self._rules))
-            tapped = self._running[request.key] = Tapped(request, rule_index)
+            tapped = self._running[request.key] = Tapped(request, rule_index, next(self._numbers))
         return tapped
 
     def apply(self, logits: Tensor, rows: Sequence[tuple[int, Tapped, int]]) -> None:
@@ -141,9 +145,9 @@ class EntropyTap:
             tempered = rule.entropy_kind == "full_vocab_tempered" and rule.temperature != 1.0
             entropies = measure(ours / rule.temperature if tempered else ours)[2].double()
             columns = [torch.full_like(entropies, -1), torch.full_like(entropies, torch.nan), entropies]
-        self._pending.append(([(tapped, position) for _, tapped, position in rows], torch.stack(columns)))
-        self._num_pending += len(rows)
-        if self._num_pending >= PENDING_ROWS:
+        self._pending.append(torch.stack(columns))
+        self._places += [(tapped.number, position) for _, tapped, position in rows]
+        if len(self._places) >= PENDING_ROWS:
             self._fetch()
 
     def take(self, keys: Iterable[str]) -> dict[str, bytes]:
@@ -172,9 +176,19 @@ class EntropyTap:
         """Brings what waits on the device to the host, in one copy, and puts it in its places in order."""
         if not self._pending:
             return
-        values = torch.cat([columns for _, columns in self._pending], dim=1).cpu().numpy()
-        places = [place for batch, _ in self._pending for place in batch]
-        for (tapped, position), *measured in zip(places, *values, strict=True):
-            tapped.rows[position] = tuple(measured)
-            tapped.num_tokens = max(tapped.num_tokens, position + 1)
-        self._pending, self._num_pending = [], 0
+        values = torch.cat(self._pending, dim=1).cpu().numpy()
+        places = np.array(self._places)  # [N, 2]
+        self._places, self._pending = [], []
+        by_request = np.argsort(places[:, 0], kind="stable")  # of a position measured twice the last stays
+        rows = np.empty(len(by_request), _ROW)
+        for name, column in zip(_ROW.names or (), values, strict=True):
+            rows[name] = column[by_request]
+        numbers, positions = places[by_request].T
+        running = {tapped.number: tapped for tapped in self._running.values()}
+        begins = np.flatnonzero(np.diff(numbers, prepend=-1)).tolist()
+        for begin, end in pairwise([*begins, len(rows)]):
+            tapped = running.get(int(numbers[begin]))  # None: taken or given up meanwhile
+            if tapped is not None:
+                of_request = positions[begin:end]
+                tapped.rows[of_request] = rows[begin:end]
+                tapped.num_tokens = max(tapped.num_tokens, int(of_request.max()) + 1)

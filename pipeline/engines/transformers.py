@@ -14,6 +14,8 @@ from transformers import DynamicCache, PreTrainedModel
 from pipeline.config import SamplingConfig
 from pipeline.engines.base import GroupRequest, check_sample, refuse_long_prompts, request_ids
 from pipeline.engines.sampling import DrawRule, draw, noise
+from pipeline.errors import EngineError
+from pipeline.models import is_out_of_memory
 from pipeline.records import Group, Int32, Sample
 from pipeline.tokenization import completion_text
 
@@ -52,7 +54,11 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[GroupRequest], sampling: SamplingConfig) -> Iterator[Group]:
-        """See `Engine.generate`. Rows leave their batch as they finish."""
+        """See `Engine.generate`. Rows leave their batch as they finish.
+
+        Raises:
+            EngineError: there is no memory for a batch; the message has the settings to lower.
+        """
         prompts = [request_ids(self.tokenizer, request) for request in requests]
         context = getattr(self.model.config, "max_position_embeddings", None)
         refuse_long_prompts(requests, prompts, sampling, context)
@@ -61,11 +67,25 @@ class TransformersEngine:
         try:
             for start, end in self._batches(requests):
                 yield from self._sampled(requests[start:end], prompts[start:end], sampling)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise self._no_room(sampling) from error
         finally:
             self.model.train(was_training)
 
     def close(self) -> None:
         """There is nothing to end; the model belongs to whoever handed it in."""
+
+    def _no_room(self, sampling: SamplingConfig) -> EngineError:
+        # a trainer samples all of a step's groups at once
+        rollouts = "engine.batch_rollouts" if self.batch_rollouts else "train.prompts_per_step"
+        dtype = ", or set engine.dtype = bfloat16" if self.model.dtype == torch.float32 else ""
+        return EngineError(
+            f"Sampling ran out of memory on {self.model.device}. Lower {rollouts}"
+            f"{f' (now {self.batch_rollouts})' if self.batch_rollouts else ''} or sampling.max_tokens (now "
+            f"{sampling.max_tokens}){dtype}; finished groups are kept."
+        )
 
     def _batches(self, requests: Sequence[GroupRequest]) -> Iterator[tuple[int, int]]:
         """Where batches of whole groups start and end in the list of requests."""

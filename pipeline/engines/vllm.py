@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import queue
 import threading
 from collections import deque
@@ -17,6 +18,8 @@ from pipeline.engines.base import GroupRequest, refuse_long_prompts, request_ids
 from pipeline.engines.vllm_core import VllmCore
 from pipeline.errors import EngineError
 from pipeline.records import Group
+
+log = logging.getLogger(__name__)
 
 
 class VllmEngine:
@@ -81,9 +84,12 @@ class VllmEngine:
                     yield item
                     continue
                 running -= 1
-                failure = item.failure or failure
                 if item.failure is None:
                     idle.append(item.core)
+                else:
+                    failure = item.failure
+                    number, of = self._cores.index(item.core) + 1, len(self._cores)
+                    log.warning("Engine %d of %d ended: %s", number, of, failure)
                 if waiting and idle:  # what an engine that failed has put back
                     start(idle.pop())
                     running += 1

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import numpy as np
@@ -15,14 +16,17 @@ import numpy as np
 from pipeline.config import EngineConfig, SamplingConfig
 from pipeline.engines.base import GroupRequest, check_sample
 from pipeline.engines.tap import Measured
-from pipeline.engines.vllm_failures import EngineDead, reason
+from pipeline.engines.vllm_failures import EngineDead, StartFailed, reason
 from pipeline.engines.vllm_params import flat_logprobs, sampling_params
 from pipeline.engines.vllm_start import start_vllm, stop_vllm
-from pipeline.errors import EngineError
+from pipeline.engines.vllm_weights import check_complete
+from pipeline.errors import EngineBug, EngineError
 from pipeline.records import Float32, Group, Int32, Sample
 
 log = logging.getLogger(__name__)
 
+# before a second restart, and twice as long each time: whoever holds the memory may free it
+BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = 2.0, 60.0
 OUTSTANDING = 2  # requests in the engine, as a multiple of those that it runs at once
 
 
@@ -44,12 +48,17 @@ class VllmCore:
         self._config, self._tokenizer = config, tokenizer
         self.folder, self._index = folder, index
         self._names = itertools.count()
+        self._dead_logs: list[Path] = []
         self._engine: Any = self._started()  # None once it died, until it is needed again
         self.max_model_len = int(self._engine.model_config.max_model_len)
         self._vocabulary = int(self._engine.model_config.get_vocab_size())
 
     def _started(self) -> Any:
-        return start_vllm(self.folder, self._config, self._index)
+        engine = start_vllm(self.folder, self._config, self._index)
+        for log_path in self._dead_logs:  # whoever cannot be started again leaves them
+            log_path.unlink(missing_ok=True)
+        self._dead_logs.clear()
+        return engine
 
     def stream(self, waiting: deque[tuple[GroupRequest, Int32]], sampling: SamplingConfig) -> Iterator[Group]:
         """Takes groups from `waiting` (which other engines may share) and yields them as they finish.
@@ -66,6 +75,8 @@ class VllmCore:
             while True:
                 try:
                     if self._engine is None:
+                        if restarts > 1:
+                            sleep(min(BACKOFF_SECONDS * 2.0 ** (restarts - 2), LONGEST_BACKOFF_SECONDS))
                         self._restart(running, sampling)
                     self._feed(waiting, running, sampling)
                     if not running:
@@ -73,8 +84,9 @@ class VllmCore:
                     for group in self._step(running):
                         restarts = 0
                         yield group
-                except EngineDead as error:
+                except (EngineDead, StartFailed) as error:
                     restarts += 1
+                    self._dead_logs.append(error.log_path)
                     if restarts > self._config.vllm.max_restarts:
                         raise EngineError(
                             "vLLM died, and the restarts without a group finished between are used up "
@@ -156,7 +168,7 @@ class VllmCore:
         check_sample(sample, self._vocabulary)
         # only now: where logits are NaN, vLLM takes any token
         if of_vllm is None and not np.array_equal(measured.tokens[: len(ids)], ids):
-            raise EngineError("vLLM returned other tokens than the tap drew. This is a fault of ours.")
+            raise EngineBug("vLLM returned other tokens than the tap drew. This is a fault of ours.")
         return sample
 
     def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
@@ -196,6 +208,7 @@ class VllmCore:
 
     def update_weights(self, folder: Path) -> None:
         """See `VllmEngine.update_weights`."""
+        check_complete(folder, self.folder)  # before anything changes: the engine just goes on
         if self._engine is None:
             self._engine = self._started()
         try:

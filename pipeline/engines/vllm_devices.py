@@ -54,6 +54,19 @@ def own_gpus(visible: Sequence[str], config: EngineConfig, index: int) -> list[s
     return list(usable[index * each : (index + 1) * each])
 
 
+def refuse_other_device(device: str, cpu: bool) -> None:
+    """Raises EngineError where `engine.device` names what the installed vLLM is not built for."""
+    if cpu and device.startswith("cuda"):
+        raise EngineError(
+            f"engine.device = {device}, and the vLLM installed is built for CPUs. Set it to auto."
+        )
+    if not cpu and device == "cpu":
+        raise EngineError(
+            "engine.device = cpu, and the vLLM installed is built for GPUs. Set it to auto, or set "
+            'engine.kind = "transformers".'
+        )
+
+
 def on_cpu() -> bool:
     """Whether the vLLM that is installed runs on CPUs."""
     try:

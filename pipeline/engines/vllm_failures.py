@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from pipeline.errors import EngineError
+
 LOG_TAIL_BYTES = 200_000
 
 # What vLLM and PyTorch say when memory is short, and the setting that helps.
@@ -35,6 +37,14 @@ class EngineDead(Exception):
 
     def __init__(self, log_path: Path) -> None:
         super().__init__("vLLM's process ended")
+        self.log_path = log_path
+
+
+class StartFailed(EngineError):
+    """vLLM did not start; a later attempt may do better. What it printed is in `log_path`."""
+
+    def __init__(self, message: str, log_path: Path) -> None:
+        super().__init__(message)
         self.log_path = log_path
 
 

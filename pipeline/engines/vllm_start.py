@@ -16,8 +16,8 @@ from typing import Any
 from packaging.specifiers import SpecifierSet
 
 from pipeline.config import EngineConfig
-from pipeline.engines.vllm_devices import device_variables, on_cpu
-from pipeline.engines.vllm_failures import reason_in_log
+from pipeline.engines.vllm_devices import device_variables, on_cpu, refuse_other_device
+from pipeline.engines.vllm_failures import StartFailed, reason_in_log
 from pipeline.errors import EngineError
 
 TESTED_VERSIONS = SpecifierSet(">=0.32,<0.33")
@@ -59,7 +59,8 @@ def start_vllm(folder: Path, config: EngineConfig, index: int = 0) -> Any:
         index: which of `engine.vllm.data_parallel` side by side; each has devices (or cores) of its own.
 
     Raises:
-        EngineError: it did not start; the message has the reason and the setting to change.
+        StartFailed: it did not start; the message has the reason and the setting to change.
+        EngineError: it cannot start with these settings.
     """
     check_version(installed_version())
     if config.vllm.in_process and (_in_process or config.vllm.data_parallel > 1):
@@ -68,7 +69,9 @@ def start_vllm(folder: Path, config: EngineConfig, index: int = 0) -> Any:
             "engine.vllm.in_process = false."
         )
     arguments, variables = _arguments(folder, config), _variables(config, index)
-    log_path = Path(tempfile.mkstemp(prefix="echomine-vllm-", suffix=".log")[1])
+    descriptor, name = tempfile.mkstemp(prefix="echomine-vllm-", suffix=".log")
+    os.close(descriptor)
+    log_path = Path(name)
     with _starting, _environment(variables), _output_to(log_path):
         import torch
 
@@ -91,7 +94,8 @@ def start_vllm(folder: Path, config: EngineConfig, index: int = 0) -> Any:
             return engine
         finally:
             torch.set_num_threads = set_num_threads
-    raise EngineError(f"vLLM does not start with {folder}: {reason_in_log(log_path, failure)}") from failure
+    line = f"vLLM does not start with {folder}: {reason_in_log(log_path, failure)}"
+    raise StartFailed(line, log_path) from failure
 
 
 def _announce_end(client: Any) -> None:
@@ -123,10 +127,7 @@ def stop_vllm(engine: Any, keep_log: bool = False) -> Path:
 
 def _arguments(folder: Path, config: EngineConfig) -> dict[str, Any]:
     vllm, cpu = config.vllm, on_cpu()
-    if cpu and config.device.startswith("cuda"):
-        raise EngineError(
-            f"engine.device = {config.device}, and the vLLM installed is built for CPUs. Set it to auto."
-        )
+    refuse_other_device(config.device, cpu)
     dtype = config.dtype if config.dtype != "auto" else ("float32" if cpu else "bfloat16")
     arguments: dict[str, Any] = {
         "model": str(folder),

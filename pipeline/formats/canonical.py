@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.errors import FormatError, nearest
 from pipeline.formats.json_lines import first_object
@@ -41,12 +42,12 @@ def read(path: Path) -> Iterator[SourceRow]:
         yield row if row.problem else replace(row, problem=_problem(row.values))
 
 
-def tables(path: Path) -> Iterator[pa.Table] | None:
+def tables(path: Path) -> Iterator[tuple[pa.Table, pa.Array]] | None:
     """The columns of a Parquet file; see `source_rows.ColumnarFormat`."""
     if path.suffix != ".parquet":
         return None
     _check(path)
-    return (_with_problems(table) for table in parquet_tables(path))
+    return ((table, _problems(table)) for table in parquet_tables(path))
 
 
 def _check(path: Path) -> None:
@@ -74,10 +75,6 @@ def _problem(row: Mapping[str, Any]) -> str | None:
     return _NO_PLACE if row["sample_index"] is None else None
 
 
-def _with_problems(table: pa.Table) -> pa.Table:
-    placeless = table["sample_index"].is_null().to_numpy()
-    if not placeless.any():
-        return table
-    return table.append_column(
-        "problem", pa.array([_NO_PLACE if row else None for row in placeless], pa.string())
-    )
+def _problems(table: pa.Table) -> pa.Array:
+    placeless = table["sample_index"].combine_chunks().is_null()
+    return pc.if_else(placeless, pa.scalar(_NO_PLACE), pa.scalar(None, pa.string()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,11 +42,16 @@ def parquet_tables(path: Path, columns: Collection[str] | None = None) -> Iterat
         columns: the names to read, of which the file may lack some; None: all that it has.
 
     Raises:
-        FormatError: it is none, cut off, or damaged.
+        FormatError: it is none, cut off, or damaged, or two columns have one name.
     """
     with _opened(path) as file:
         names = file.schema_arrow.names
         read = None if columns is None else [name for name in names if name in columns]
+        twice = [name for name, count in Counter(names if read is None else read).items() if count > 1]
+        if twice:
+            raise FormatError(
+                f"{path} has several columns `{twice[0]}`. Keep one of them, or rename the others."
+            )
         for batch in file.iter_batches(batch_size=_batch_rows(file.metadata), columns=read):
             yield pa.Table.from_batches([batch])
 

@@ -60,11 +60,12 @@ class Format(Protocol):
 class ColumnarFormat(Protocol):
     """A format that can give whole columns of some files, which is an order of magnitude faster."""
 
-    def tables(self, path: Path) -> Iterator[pa.Table] | None:
+    def tables(self, path: Path) -> Iterator[tuple[pa.Table, pa.Array]] | None:
         """The rows of `read` as tables of bounded size; None if rows are all that this file has.
 
-        Columns are named as in `SourceRow.values`; `problem`, where there is one, is as there. The n-th
-        row is the source `file:n`.
+        Columns are named as in `SourceRow.values`. With each table come the `problem`s of its rows, null for
+        those that have none: not as a column, since a dump may have one of that name. The n-th row is the
+        source `file:n`.
         """
 
 

@@ -72,9 +72,9 @@ def batches(kind: Format, path: Path, file: int, first: int, context: ImportCont
             first += len(rows)
         return
     start = first
-    for table in tables:
+    for table, problems in tables:
         sources = [f"{path.name}:{first - start + row + 1}" for row in range(table.num_rows)]
-        yield _batch_of_table(table, sources, context, file, first)
+        yield _batch_of_table(table, problems, sources, context, file, first)
         first += table.num_rows
 
 
@@ -116,16 +116,20 @@ def _batch_of_rows(rows: Sequence[SourceRow], context: ImportContext, file: int,
 
 
 def _batch_of_table(
-    table: pa.Table, sources: Sequence[str], context: ImportContext, file: int, first: int
+    table: pa.Table,
+    problems: pa.Array,
+    sources: Sequence[str],
+    context: ImportContext,
+    file: int,
+    first: int,
 ) -> Batch:
     num_rows = table.num_rows
     numbers = np.arange(num_rows, dtype=np.int64) + first
     rest = _Rest(context)
-    if "problem" in table.column_names:
-        sound = table["problem"].is_null().to_numpy()
+    if problems.null_count < num_rows:
+        sound = problems.is_null().to_numpy(zero_copy_only=False)
         for row in np.flatnonzero(~sound).tolist():
-            values = table.drop_columns("problem").slice(row, 1).to_pylist()[0]
-            rest.refuse(first + row, sources[row], table["problem"][row].as_py(), values)
+            rest.refuse(first + row, sources[row], problems[row].as_py(), table.slice(row, 1).to_pylist()[0])
         table, numbers = table.filter(pa.array(sound)), numbers[sound]
         sources = [sources[row] for row in np.flatnonzero(sound)]
     staged = _staged(columns_of_table(table), table, sources, numbers, rest)

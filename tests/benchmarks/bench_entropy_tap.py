@@ -3,7 +3,8 @@
     python tests/benchmarks/bench_entropy_tap.py [MODEL] [--requests N] [--tokens N] [--repeats N]
 
 MODEL is arith, smollm2, a folder, or random-150k: a shallow model of random weights with a vocabulary of
-150,000, for `random-150k --requests 512 --max-num-seqs 256` on a GPU. Every request runs to the same number
+150,000, for `random-150k --requests 512 --max-num-seqs 256 --full-row-requests 1` on a GPU (a full row of
+it is 0.6 MB a token). Every request runs to the same number
 of tokens, so that all sides do the same work. The sides take turns in two engines that run side by side, one
 without and one with the tap; the figures are medians.
 """
@@ -39,7 +40,9 @@ def random_model(folder: Path, vocabulary: int = 150_000) -> Path:
 
 def engines(folder: Path, max_num_seqs: int) -> tuple[Any, Any]:
     """Plain vLLM, and vLLM with the tap."""
-    config = EngineConfig(kind="vllm", vllm=VllmConfig(max_num_seqs=max_num_seqs, kv_cache_gib=1.0))
+    # two engines share one GPU
+    options = VllmConfig(max_num_seqs=max_num_seqs, kv_cache_gib=1.0, gpu_memory_utilization=0.4)
+    config = EngineConfig(kind="vllm", vllm=options)
     tapped = vllm_start.start_vllm(folder, config)
     arguments = vllm_start._arguments
 

@@ -29,7 +29,14 @@ ARMS = ("grpo", "online", "shards")
 NUM_TRAINING, NUM_HELD_OUT = 512, 256
 GROUP_SIZE, PROMPTS_PER_STEP, MAX_TOKENS = 8, 8, 96
 EVALUATED_EVERY, HELD_OUT_SAMPLES = 25, 2
-LAST = 20  # steps that the table's means of metrics are over
+SPAN = 20  # first and last steps that the table's means of metrics are over
+METRICS = {
+    "zero_advantage_share": "zero-advantage share",
+    "entropy_mean": "entropy, nats a token",
+    "grad_norm": "gradient norm",
+    "echo_grad_norm": "EchoClip term's gradient norm",
+    "echo_loss": "EchoClip loss",
+}
 
 
 def prepared(folder: Path) -> Path:
@@ -114,8 +121,12 @@ def run(folder: Path, arm: str, seed: int, steps: int, lr: float, echo_weight: f
 
 
 def table(folder: Path, steps: int) -> None:
-    """Mean ± standard deviation over the seeds."""
-    rows = []
+    """Mean ± standard deviation over the seeds, a column for each arm.
+
+    Of `online` the EchoClip term's norm is measured every `grad_norms_every`-th step, 50th by default: its mean
+    over 20 steps is one step's or none's.
+    """
+    columns: list[list[str]] = []
     for arm in ARMS:
         runs = sorted((folder / "runs").glob(f"{arm}-*/result.json"))
         if not runs:
@@ -126,12 +137,15 @@ def table(folder: Path, steps: int) -> None:
             for path in runs
         ]
         cells = [spread([result["accuracy"][str(step)] for result in results]) for step in evaluated(steps)]
-        for name in ("zero_advantage_share", "entropy_mean", "grad_norm", "echo_loss"):
-            cells.append(spread([mean_of(steps_of, name) for steps_of in metrics]))
+        for name in METRICS:
+            for span in (slice(SPAN), slice(-SPAN, None)):
+                cells.append(spread([mean_of(steps_of[span], name) for steps_of in metrics]))
         rollouts = statistics.mean(PROMPTS_PER_STEP * GROUP_SIZE * len(steps_of) for steps_of in metrics)
-        rows.append((f"{arm} ({len(runs)} seeds)", *cells, f"{rollouts:,.0f}"))
-    names = [f"accuracy at {step}" for step in evaluated(steps)]
-    print_table(("arm", *names, "zero advantage", "entropy", "gradient norm", "clip loss", "rollouts"), rows)
+        columns.append([f"{arm} ({len(runs)} seeds)", *cells, f"{rollouts:,.0f}"])
+    names = [f"accuracy at step {step}" for step in evaluated(steps)]
+    names += [f"{name}, {span} {SPAN} steps" for name in METRICS.values() for span in ("first", "last")]
+    header, *rows = zip(["", *names, "rollouts trained on"], *columns, strict=True)
+    print_table(header, rows)
 
 
 def evaluated(steps: int) -> range:
@@ -139,7 +153,7 @@ def evaluated(steps: int) -> range:
 
 
 def mean_of(steps: Sequence[dict], name: str) -> float | None:
-    values = [step[name] for step in steps[-LAST:] if step[name] is not None]
+    values = [step[name] for step in steps if step[name] is not None]
     return statistics.mean(values) if values else None
 
 

@@ -83,6 +83,7 @@ def test_a_wrong_reasoning_gym_task_is_answered_with_the_nearest(refused, source
         ("[mining]\nclip_per_group = 2", ["`mining.clip_per_group`", "did you mean `clips_per_group`?"]),
         ("[sampling]\ngroup_size = 'eight'", ["`sampling.group_size`", "'eight'", "valid integer"]),
         ("[sampling]\ntemperature = -1", ["`sampling.temperature`", "-1", "greater than 0"]),
+        ("[sampling]\nstop = ['']", ["`sampling.stop.0`", "''", "at least 1 character"]),
         ("[train]\nlr = nan", ["`train.lr`", "finite number"]),
         ("mining = 3", ["`mining`", "3"]),
         ("[engine]\ndevice = 'gpu'", ["`engine.device`", "'gpu'", "cuda"]),

@@ -276,7 +276,7 @@ def limited(*arguments: str, file_bytes: int) -> subprocess.CompletedProcess[str
         [ECHOMINE, *arguments],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes)),
     )
 
@@ -398,7 +398,7 @@ def test_a_port_in_use_is_named(tmp_path):
             [ECHOMINE, "nightly", "--serve", "--lake", tmp_path / "lake"],
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,
             env={**os.environ, "PREFECT_API_URL": f"http://127.0.0.1:{port}/api"},
         )
     assert (done.returncode, done.stdout) == (2, "")

@@ -47,7 +47,7 @@ def example_of(command: click.Command) -> list[str]:
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """The real command in a process of its own."""
     return subprocess.run(
-        [ECHOMINE, *arguments], capture_output=True, text=True, timeout=120, env={**os.environ, **environment}
+        [ECHOMINE, *arguments], capture_output=True, text=True, timeout=600, env={**os.environ, **environment}
     )
 
 
@@ -166,7 +166,7 @@ def test_generated_rollouts_are_counted_once(tmp_path, capfd):
 def test_a_reader_that_leaves_early_gets_no_traceback(new_lake):
     query = "select range as n from range(500000)"
     command = f"{shlex.quote(ECHOMINE)} sql {shlex.quote(query)} --format csv --lake {new_lake} | head -1"
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=600)
     assert (done.stdout, done.stderr) == ("n\n", "")
 
 

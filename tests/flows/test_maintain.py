@@ -18,7 +18,7 @@ def test_the_flow_does_what_the_command_does(lake, tmp_path):
     minings = "select mining_id from mining_runs order by all"
     with Lake.open(folder).reader() as reader:
         before = reader.rows(minings)
-    with prefect_test_harness(server_startup_timeout=120):
+    with prefect_test_harness(server_startup_timeout=600):
         first = maintain(MaintainConfig(grace_hours=0), folder)
         assert first.expired_snapshots > 0
         assert maintain(MaintainConfig(grace_hours=0), folder) == Maintained(0, 0, 0, 0, 0)

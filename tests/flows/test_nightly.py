@@ -1,6 +1,7 @@
 """A night runs from prompts to report, once, and a night that was cut off goes on."""
 
 import json
+from dataclasses import replace
 from datetime import date
 
 import pytest
@@ -11,9 +12,12 @@ from prefect.testing.utilities import prefect_test_harness
 from flows import tasks
 from flows.announce import summary_rows
 from flows.nightly import nightly
+from pipeline import generate as generation
 from pipeline import runs
 from pipeline.config import NightlyConfig
+from pipeline.engines.choice import open_engine
 from pipeline.errors import BusyError, LakeError
+from pipeline.imports.core import import_rollouts, with_formats
 from pipeline.lake import Lake
 
 SETTINGS = {
@@ -32,7 +36,7 @@ def config(**changes):
 @pytest.fixture(scope="module", autouse=True)
 def server():
     """One Prefect server with an empty database for all tests of this file."""
-    with prefect_test_harness(server_startup_timeout=120):
+    with prefect_test_harness(server_startup_timeout=600):
         yield
 
 
@@ -114,6 +118,50 @@ def test_a_night_that_failed_after_its_first_batch_goes_on_with_the_same_tokens(
     assert nightly(config(), lake).resumed
     sampled = "select rollout_id from rollouts where origin = 'policy' order by rollout_id"
     assert rows(lake, sampled) == rows(finished, sampled)
+
+
+class TellsNoEntropies:
+    """An engine as a pool of servers has it."""
+
+    logprobs_kind, entropy_kind, overlaps = "raw", None, False
+
+    def __init__(self, engine):
+        self.engine, self.close = engine, engine.close
+
+    def generate(self, requests, sampling):
+        for group in self.engine.generate(requests, sampling):
+            yield replace(group, samples=tuple(replace(one, entropies=None) for one in group.samples))
+
+
+def put_unreadable(run, folder):
+    """A rollout of the run that is longer than the model's context."""
+    place = {"run_id": run.run_id, "group_id": "long", "sample_index": 0}
+    tokens = {"prompt_ids": [5], "completion_ids": [5] * 600, "completion_entropies": None}
+    (folder / "dump.jsonl").write_text(json.dumps(place | tokens | {"reward": 1.0}))
+    done = import_rollouts(run.lake(), with_formats([folder / "dump.jsonl"]), run.tokenizer())
+    assert done.rows.written == 1
+
+
+def test_a_night_that_another_engine_began_without_entropies_is_scored_and_says_what_it_cannot(
+    tmp_path, monkeypatch, capfd
+):
+    settings = config(max_prompts=16, train={"optim_steps": 0})
+    run = runs.open_run(settings, tmp_path / "lake")
+    monkeypatch.setattr(generation, "open_engine", lambda *given: TellsNoEntropies(open_engine(*given)))
+    runs.commit(run, runs.verify(run, generation.generate(run)))
+    generation.stop_generating(run)
+    monkeypatch.undo()
+    put_unreadable(run, tmp_path)
+    kinds = "select entropy_kind as kind, count(*) as n from rollouts group by all order by all"
+    assert rows(tmp_path / "lake", kinds) == [{"kind": None, "n": 33}]
+    capfd.readouterr()
+    result = nightly(settings, tmp_path / "lake")
+    assert result.resumed
+    # those that the second engine measured, too: a mining ranks one kind
+    assert rows(tmp_path / "lake", kinds) == [{"kind": "rescored", "n": 64}, {"kind": None, "n": 1}]
+    assert result.facts["num_scored"] == 64
+    assert result.mining["clips"] > 0
+    assert "1 rollouts still wait: 0 are of another tokenizer" in capfd.readouterr().err
 
 
 def test_a_night_cut_off_before_midnight_keeps_its_date(tmp_path):

@@ -163,7 +163,7 @@ def test_without_a_terminal_the_query_is_read_from_standard_input(lake):
         input="select group_class, num_rollouts as n\nfrom groups order by all;\n",
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "group_class,n\nall_fail,2\nall_success,2\nmixed,2\n"

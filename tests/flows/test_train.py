@@ -60,6 +60,23 @@ def test_without_shards_the_clips_are_of_the_trainings_own_rollouts(tmp_path, ca
     assert {row["clip_id"] for row in mined} & {row["clip_id"] for row in used_clips}
 
 
+def test_a_prompt_or_clip_that_may_not_fit_batch_tokens_is_refused_before_anything_starts(
+    refused, shards, tmp_path
+):
+    new = tmp_path / "new-lake"
+    line = refused("train", shards, "--lake", new, *OPTIONS, "--batch-tokens", 100)
+    assert re.search(
+        r"Prompt \w+ \('.+'\) has \d+ tokens; with sampling\.max_tokens = 256 that makes 2\d\d, and "
+        r"train\.batch_tokens, which one forward pass takes, is 100\. Raise it, lower max_tokens, or",
+        line,
+    )
+    assert line == refused("nightly", "--config", _config(tmp_path, "batch_tokens = 100"))
+    short = _config(tmp_path, "batch_tokens = 20\n[sampling]\nmax_tokens = 1")
+    line = refused("train", shards, "--lake", new, *OPTIONS, "--config", short)
+    assert re.search(r"longest clip of the shards has \d\d tokens .* is 20\. Raise it, or export with", line)
+    assert not new.exists()
+
+
 def test_shards_are_asked_for_where_clips_come_from_them(refused):
     assert "Give the folder of SHARDS, or --echo-source online" in refused("train", *OPTIONS)
 

@@ -272,7 +272,7 @@ def test_a_browser_draws_the_page_without_a_complaint(dump, tmp_path, chromium):
         ],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert "2 with zero advantage" not in done.stdout
     assert "4 with zero advantage" in done.stdout

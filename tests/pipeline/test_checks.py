@@ -7,6 +7,8 @@ import pytest
 
 from pipeline import schema
 from pipeline.checks import run_checks
+from pipeline.hashing import content_id, ids_array
+from pipeline.sqlfiles import sql_file
 
 NAN, INF = float("nan"), float("inf")
 FAULTS = [
@@ -92,3 +94,18 @@ def test_clips_of_truncated_or_failed_rollouts_and_unscored_or_empty_ones_are_so
     empty = rollout(3) | {name: [] for name in lists}
     clips = [{"mining_id": "m", "clip_id": name, "rollout_id": name} for name in ("r0", "r1")]
     assert found(sample_lake, [truncated, failed, unscored, empty], clips) == {}
+
+
+def test_a_prompt_named_by_its_tokens_is_no_lost_one_whatever_their_ids(sample_lake):
+    tokens = [[0], [255, 256], [70_000, 5, 2**31 - 1], []]
+    rollouts = [rollout(i) | {"run_id": "r", "prompt_ids": ids} for i, ids in enumerate(tokens)]
+    for row in rollouts:
+        row["prompt_id"] = content_id("tokens", ids_array(row["prompt_ids"]))
+    spoken = rollout(4) | {"run_id": "r", "prompt_ids": [3], "prompt_id": "held"}
+    lost = rollout(5) | {"run_id": "r", "prompt_ids": [3], "prompt_id": content_id("lost")}
+    with sample_lake.lake.reader() as reader:
+        rows = pa.Table.from_pylist([*rollouts, spoken, lost], schema.ROLLOUTS)
+        reader.materialize_rows("rollouts", rows)
+        reader.materialize_rows("prompts", pa.Table.from_pylist([{"prompt_id": "held"}], schema.PROMPTS))
+        offending = reader.rows(sql_file("checks/orphan_rollouts"))
+    assert [row["rollout_id"] for row in offending] == ["r5"]

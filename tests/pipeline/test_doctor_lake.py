@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -11,10 +12,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from sample_lake import SampleLake
+from sample_lake import SampleLake, character_tokenizer
 
 from flows.cli import main
 from pipeline.doctor import Finding, examine_lake
+from pipeline.imports.core import import_rollouts, with_formats
 from pipeline.lake import Lake
 from pipeline.lake_writer import Writer
 from pipeline.sqlfiles import SQL_FOLDER
@@ -81,6 +83,33 @@ def test_the_doctor_sees_what_was_broken_and_names_the_cure(
     assert found.keys() == checks
     assert all("lists them" in text for text in found.values())
     assert any(cure in text for text in found.values())
+
+
+def test_prompts_known_by_tokens_beside_others_known_by_words_are_no_loss_and_lost_words_are(
+    tmp_path: Path,
+) -> None:
+    prompts = (
+        {"prompt": "1+1"},
+        {"prompt": "1+2"},
+        {"prompt_ids": [5, 100, 0]},
+        {"prompt_ids": [7]},
+        {"prompt_ids": [8], "prompt_id": "named by the dump"},
+    )
+    rows = [
+        {"group_id": f"g{group}", "sample_index": index, "reward": 1.0, **prompt}
+        | {"completion_ids": [5, 6 + index], "completion_entropies": [0.125, 0.25]}
+        for group, prompt in enumerate(prompts)
+        for index in range(2)
+    ]
+    path = tmp_path / "dump.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lake = Lake.create(tmp_path / "lake")
+    assert import_rollouts(lake, with_formats([path]), character_tokenizer()).rows.written == 10
+    assert bad(lake) == []
+    change(lake, f"delete from prompts where prompt_id = {SOME_PROMPT}")
+    (finding,) = bad(lake)
+    assert finding.name == "check orphan_rollouts"
+    assert finding.text.startswith("2 offending rows")
 
 
 def test_the_query_that_the_doctor_advises_lists_what_offends(copy: Lake) -> None:

@@ -118,7 +118,7 @@ def test_of_two_imports_at_once_with_other_contents_for_a_place_one_wins(lake: L
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         command = [sys.executable, str(HERE / "import_worker.py"), str(lake.folder), "meeting", str(path)]
         processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
-    said = sorted(process.communicate(timeout=120)[0].strip() for process in processes)
+    said = sorted(process.communicate(timeout=600)[0].strip() for process in processes)
     assert said == ["0 1 3", "4 0 0"]  # written, known, refused
     with lake.reader() as reader:
         kept = reader.rows("select sample_index, reward from rollouts order by all")

@@ -63,7 +63,7 @@ def opened(chromium: Path, page: Path, profile: Path) -> Page:
             f"--user-data-dir={profile}", "--enable-logging=stderr", "--v=0", "--window-size=1280,2000",
             "--virtual-time-budget=8000", "--dump-dom", page.as_uri(),
         ],
-        capture_output=True, text=True, timeout=120, check=True,
+        capture_output=True, text=True, timeout=600, check=True,
     )  # fmt: skip
     return Page(run.stdout, [line for line in run.stderr.splitlines() if "CONSOLE" in line])
 

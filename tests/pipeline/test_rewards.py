@@ -279,7 +279,7 @@ def test_workers_do_not_import_torch_though_the_main_module_did(own_verifiers, t
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.stdout == "[0.0, 1.0]\n", done.stderr
 

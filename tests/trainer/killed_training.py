@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from trainer import loop, run_state
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["trainer.loop", "pipeline.models", "pipeline.engines.transformers"])
 
-SECONDS = 120  # a training of the tiny model that takes longer hangs
+SECONDS = 240  # a training of the tiny model that takes longer hangs; half a minute of it is vLLM's start
 
 
 class Kill(NamedTuple):
@@ -42,7 +43,7 @@ class Story(NamedTuple):
 
 
 def run(folder: Path, model_folder: Path, clips, config, kill: Kill | None = None) -> int:
-    """Trains in a child process; its exit code, negative if it was killed."""
+    """Trains in a child process, sampling with `config.engine`; its exit code, negative if it was killed."""
     folder.mkdir(exist_ok=True)
     process = _context.Process(target=_train, args=(folder, model_folder, clips, config, kill))
     process.start()
@@ -68,7 +69,6 @@ def _lines(path: Path) -> set[str]:
 
 
 def _train(folder: Path, model_folder: Path, clips, config, kill: Kill | None) -> None:
-    from pipeline.engines.transformers import TransformersEngine
     from pipeline.models import load_model
     from pipeline.tokenization import load_tokenizer
 
@@ -105,19 +105,30 @@ def _train(folder: Path, model_folder: Path, clips, config, kill: Kill | None) -
     model, tokenizer = load_model(model_folder, "cpu"), load_tokenizer(model_folder)
     at("state", run_state, "file_sha256")
     at("checkpoint", model, "save_pretrained")
-    loop.train(
-        model,
-        tokenizer,
-        TransformersEngine(model, tokenizer),
-        PROMPTS,
-        clips,
-        config,
-        SAMPLING,
-        even_sum,
-        rollouts,
-        lambda uses: told("uses", uses),
-        folder,
-        "training",
-        10,
-        progress=lambda _: reached("step"),
-    )
+    with closing(_engine(config, model, tokenizer, model_folder, folder)) as engine:
+        loop.train(
+            model,
+            tokenizer,
+            engine,
+            PROMPTS,
+            clips,
+            config,
+            SAMPLING,
+            even_sum,
+            rollouts,
+            lambda uses: told("uses", uses),
+            folder,
+            "training",
+            10,
+            progress=lambda _: reached("step"),
+        )
+
+
+def _engine(config, model, tokenizer, model_folder: Path, folder: Path):
+    from pipeline.config import EngineConfig
+    from trainer.night import _engine as engine_of
+
+    # In this process, where requests come together as they did before; see docs/training.md.
+    vllm = {"max_num_seqs": 16, "kv_cache_gib": 0.05, "enforce_eager": True, "in_process": True}
+    options = EngineConfig.model_validate({"dtype": "float32", "vllm": vllm})
+    return engine_of(config, options, model, tokenizer, model_folder, folder)

@@ -58,6 +58,8 @@ def test_every_objective_of_grpos_kind_takes_its_own_options():
         assert of_batch(rewards, groups, lengths, **wide)[0][0] == pytest.approx(1.0)
     for objective in ("dr_grpo", "luffy"):
         assert of_batch(rewards, groups, lengths, objective=objective) == (raw, [True] * 4)
+        on = {"objective": objective, objective: {"scale_rewards": True}}
+        assert of_batch(rewards, groups, lengths, **on) == (scaled, [True] * 4)
 
 
 def test_the_overlong_share_rises_over_the_buffer_only():

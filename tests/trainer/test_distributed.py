@@ -138,6 +138,15 @@ def test_more_processes_than_cores_are_refused_before_anything_is_written(one, t
     assert not lake.exists()
 
 
+def test_more_processes_of_torchruns_than_cores_are_refused_as_well(one, tmp_path, capfd, monkeypatch):
+    there = len(os.sched_getaffinity(0))
+    for name, value in {"LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": there + 1, "WORLD_SIZE": there + 1}.items():
+        monkeypatch.setenv(name, str(value))
+    assert main([*arguments(one.parent)[1:], "--lake", str(tmp_path / "lake")]) == 2
+    too_many = f"--nproc-per-node {there + 1} is more than the {there} cores of this machine"
+    assert capfd.readouterr() == ("", f"echomine: {too_many}. Give {there} or less.\n")
+
+
 @pytest.mark.slow
 def test_the_command_trains_with_two_processes_and_one_that_is_killed_ends_it_in_a_line(one):
     done = subprocess.run(arguments(one.parent, "--nproc", 2), capture_output=True, text=True, cwd=PROJECT)
@@ -154,7 +163,7 @@ def test_the_command_trains_with_two_processes_and_one_that_is_killed_ends_it_in
             time.sleep(0.2)
         children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
         os.kill(int(children[-1]), signal.SIGKILL)  # the one that was started last
-        _, errors = running.communicate(timeout=120)
+        _, errors = running.communicate(timeout=600)
     finally:
         running.kill()
     assert running.returncode == 2

@@ -35,7 +35,7 @@ OPTIONS = {
             "overlong_penalty": 0.25,
         },
     ),
-    "dr_grpo": ({}, {**CLIPS, "norm_tokens": 3}),
+    "dr_grpo": ({"scale_rewards": True}, {**CLIPS, **SCALED, "norm_tokens": 3}),
     "gspo": ({}, {"clip_low": 0.5, "clip_high": 0.5, **SCALED}),
     "luffy": (
         {"scale_rewards": True},

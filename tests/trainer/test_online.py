@@ -11,6 +11,7 @@ import torch
 from loop_helpers import PROMPTS, Training
 from test_loop_objectives import EXPERTS, Surer
 
+from pipeline import tokenization
 from pipeline.config import MiningConfig, SamplingConfig, TrainConfig
 from pipeline.engines.base import GroupRequest
 from pipeline.errors import ConfigError
@@ -47,6 +48,21 @@ def sampled(make):
     groups = {g.prompt.prompt_id: g for g in make.engine(model, tokenizer).generate(requests, SAMPLING)}
     groups = [groups[prompt.prompt_id] for prompt in PROMPTS]
     return Rollouts(groups, solved(groups), [()] * 5, [0] * 5, 7)
+
+
+def test_rows_of_the_lake_and_the_batchs_clips_split_a_rollout_once(make, sampled, monkeypatch):
+    tokenizer, decoded = make.tokenizer(), []
+    read = tokenization.token_texts
+    monkeypatch.setattr(tokenization, "token_texts", lambda *given: decoded.append(None) or read(*given))
+    policy = Policy("tiny", "weights", tokenizer_hash(tokenizer), 7)
+    run = Sampled(
+        Run("training", date(2026, 5, 31), "trainer"), policy, SAMPLING, "raw", "full_vocab", "", ""
+    )
+    rollout_rows(run, sampled.groups, sampled.judgements, tokenizer)
+    assert 0 < len(decoded) <= 20
+    num_decoded = len(decoded)
+    found = OnlineClips(tokenizer, policy.tokenizer_hash, MiningConfig(), 4, "training").of(sampled)
+    assert (len(decoded), bool(found)) == (num_decoded, True)
 
 
 RULES = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import numpy as np
 import pytest
 import torch
@@ -19,6 +21,7 @@ from transformers import (
 )
 
 from pipeline import logprobs as module
+from pipeline import packing
 from pipeline.errors import ConfigError
 from pipeline.logprobs import completion_logprobs
 from pipeline.packing import can_pack
@@ -54,7 +57,7 @@ ROWS = rows_of([(3, 9), (1, 1), (20, 30), (4, 0), (5, 7), (2, 10), (1, 30), (30,
 def values_and_gradients(model, rows):
     model.zero_grad()
     stats = completion_logprobs(model, rows, temperature=0.8, differentiable_entropies=True)
-    pulls = torch.linspace(-1, 2, len(stats.logprobs), dtype=stats.logprobs.dtype)
+    pulls = torch.linspace(-1, 2, len(stats.logprobs)).to(stats.logprobs)
     (stats.logprobs * pulls + 0.1 * stats.entropies).sum().backward()
     return stats, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
@@ -75,6 +78,31 @@ def test_log_probs_entropies_and_gradients_are_those_of_padded_rows(monkeypatch,
     for name, gradient in packed_gradients.items():
         scale = float(padded_gradients[name].abs().max())
         torch.testing.assert_close(gradient, padded_gradients[name], rtol=0, atol=tolerance * scale)
+
+
+def mean_error(found, exact):
+    """Of log-probs, entropies and each parameter's gradient, relative to the mean of the exact ones."""
+    pairs = [(found[0].logprobs, exact[0].logprobs), (found[0].entropies, exact[0].entropies)]
+    pairs += [(found[1][name], exact[1][name]) for name in exact[1]]
+    errors = [(one.double() - other).abs().mean() / other.abs().mean() for one, other in pairs]
+    return float(torch.stack(errors).mean().detach())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", PACKED)
+def test_variable_length_attention_in_bfloat16_errs_no_more_than_padded_rows_do(monkeypatch, kind):
+    model, calls = build(*kind, hidden_size=64).to("cuda", torch.bfloat16), []
+    exact = values_and_gradients(deepcopy(model).double(), ROWS)
+    varlen = packing._varlen
+    monkeypatch.setattr(packing, "_varlen", lambda *given: calls.append(None) or varlen(*given))
+    assert can_pack(model)
+    packed = values_and_gradients(model, ROWS)
+    num_calls = len(calls)
+    assert num_calls >= 4  # two layers, where the model was tried and where it was read
+    monkeypatch.setattr(module, "can_pack", lambda _: False)
+    padded = values_and_gradients(model, ROWS)
+    assert len(calls) == num_calls
+    assert mean_error(packed, exact) <= 1.5 * mean_error(padded, exact) <= 0.2
 
 
 def test_no_row_changes_what_another_gets():

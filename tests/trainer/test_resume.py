@@ -68,6 +68,17 @@ def test_a_kill_at_each_single_step_changes_nothing(make, model_folder, tmp_path
         assert story(folder) == calm
 
 
+@pytest.mark.slow
+def test_a_killed_training_that_samples_with_vllm_equals_one_that_never_stopped(make, model_folder, tmp_path):
+    options = OF_SHARDS | {"engine": "vllm", "optim_steps": 4}
+    config, clips = TrainConfig.model_validate(options), make.clips(6)
+    assert run(tmp_path / "calm", model_folder, clips, config) == 0
+    assert run(tmp_path / "killed", model_folder, clips, config, Kill("step", 3)) == -9
+    assert states(tmp_path / "killed") == ["step-000000000002"]
+    assert run(tmp_path / "killed", model_folder, clips, config) == 0
+    assert story(tmp_path / "killed") == story(tmp_path / "calm")
+
+
 def stopping_at(optim_step: int):
     """A judge that stops the training when this step is sampled, as Ctrl-C would."""
     calls = iter(range(optim_step))
@@ -187,6 +198,17 @@ def test_a_state_of_another_tokenizer_or_format_is_refused(make, tmp_path, monke
     monkeypatch.setattr("trainer.run_state.FORMAT", "2")
     with pytest.raises(ConfigError, match="another format"):
         Training(make, tmp_path, clips=make.clips(6), config=FEW)
+
+
+def test_batch_tokens_may_change_between_two_starts_and_moves_the_losses_by_rounding_alone(make, tmp_path):
+    calm = Training(make, tmp_path / "calm", clips=make.clips(6), config=FEW)
+    stopped(make, tmp_path / "own", 2)
+    config = FEW.model_copy(update={"batch_tokens": 25})
+    again = Training(make, tmp_path / "own", clips=make.clips(6), config=config)
+    assert [version for _, _, version in again.rollouts] == [12, 13]
+    for step, expected in zip(again.metrics, calm.metrics, strict=True):
+        assert step["loss"] == pytest.approx(expected["loss"], rel=1e-5, abs=1e-6)
+        assert step["num_completion_tokens"] == expected["num_completion_tokens"]
 
 
 def test_how_often_states_are_kept_may_change_between_two_starts(make, tmp_path):

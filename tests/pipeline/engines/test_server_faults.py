@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
+import httpx
 import pytest
 from reference import ids_by_prompt
-from server_helpers import REQUESTS, SAMPLING, engine, spoiled, status
+from server_helpers import REQUESTS, SAMPLING, TOKENIZER, engine, spoiled, status
 from vllm_server import Answer, Relay, Spoil, free_port
 from waiting import wait_until
 
+from pipeline.config import ServerConfig
+from pipeline.engines.server_answers import EndpointFault
+from pipeline.engines.server_endpoint import Endpoint
+from pipeline.engines.server_posts import Post
 from pipeline.errors import EngineError
 
 pytestmark = pytest.mark.usefixtures("quick_retries")
@@ -137,6 +143,49 @@ def test_a_server_that_fails_for_a_while_is_used_again(
     ]
 
 
+def test_the_only_server_may_start_again_which_takes_longer_than_its_attempts(
+    relay: Callable[..., Relay], expected: dict[str, list[list[int]]], caplog: pytest.LogCaptureFixture
+) -> None:
+    stopped = threading.Event()
+
+    def stop_third(sent: dict[str, Any], answer: Answer) -> None:
+        if before.num_completions > 2:
+            answer.status = 0
+            before.stop()
+            stopped.set()
+
+    def start_again() -> None:
+        assert stopped.wait(60)
+        wait_until(lambda: "No endpoint can be reached; asking again for 60 s" in caplog.text)
+        time.sleep(1.0)  # attempts at 0.02, 0.06, 0.14 … s: some more than the two that are allowed
+        relay(port=before.server.server_port)
+
+    before = relay(stop_third)
+    only = engine(before.url, concurrency=1, max_attempts=2, patience_seconds=60)
+    starter = threading.Thread(target=start_again)
+    starter.start()
+    with caplog.at_level(logging.WARNING, "pipeline"):
+        assert ids_by_prompt(only.generate(REQUESTS, SAMPLING)) == expected
+    starter.join()
+    assert caplog.text.count("No endpoint can be reached") == 1
+
+
+def test_a_server_that_fails_is_asked_ever_more_rarely_and_at_least_twice_a_minute(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.undo()  # of quick_retries
+    post = Post(Endpoint("http://gpu1/v1", ServerConfig(), TOKENIZER, 100, httpx.AsyncClient()), 1.0)
+    longest = [0.5, 1, 2, 4, 8, 16, 30, 30]
+    for seconds in longest:
+        post.goes_down(EndpointFault("it answers 500"), now=0.0)
+        waits = [post.backoff_seconds() for _ in range(200)]
+        assert seconds / 2 <= min(waits) < max(waits) <= seconds
+        assert max(waits) - min(waits) > seconds / 4  # at random: nights that share a server spread
+    post.sampled_one(1.0)
+    post.goes_down(EndpointFault("it answers 500"), now=0.0)
+    assert post.backoff_seconds() <= 0.5
+
+
 def test_groups_that_a_slow_server_holds_are_sampled_elsewhere_too(
     relay: Callable[..., Relay], expected: dict[str, list[list[int]]]
 ) -> None:
@@ -198,6 +247,26 @@ def test_what_only_the_user_can_mend_ends_at_once_with_the_cure(relay: Callable[
     assert strict.num_completions <= len(REQUESTS) * 2
 
 
+@pytest.mark.parametrize("code", [401, 403, 404])
+def test_a_server_that_sampled_and_then_refuses_leaves_the_rest_to_the_others(
+    code: int, relay: Callable[..., Relay], expected: dict[str, list[list[int]]]
+) -> None:
+    def refuse_third(sent: dict[str, Any], answer: Answer) -> None:
+        if changed.num_completions > 2:  # a group is two
+            answer.status, answer.json = code, {"error": {"message": "no such model", "code": code}}
+            changed.others["/v1/models"] = Answer(code, answer.body)
+
+    changed = relay(refuse_third)
+    other = relay(lambda sent, answer: wait_until(lambda: "/v1/models" in changed.others))
+    groups = engine(changed.url, other.url, concurrency=1).generate(REQUESTS, SAMPLING)
+    assert ids_by_prompt(groups) == expected
+    again = relay(refuse_third)
+    changed = again
+    with pytest.raises(EngineError, match=f"it answers {code} to /v1/.*: no such model") as caught:
+        list(engine(again.url, concurrency=1, max_attempts=2).generate(REQUESTS, SAMPLING))
+    assert again.url in str(caught.value)
+
+
 def test_servers_of_different_models_are_not_mixed(relay: Callable[..., Relay]) -> None:
     release = threading.Event()
     one = relay(lambda sent, answer: release.wait(60) and None)
@@ -214,9 +283,17 @@ def test_a_server_with_another_tokenizer_is_refused_and_one_that_hides_it_is_not
     foreign = relay()
     foreign.others["/tokenize"] = Answer(200, b'{"tokens": [7, 7, 7]}')
     assert "with another tokenizer than the night's model: " in _refused(foreign)
-    gateway = relay()
-    gateway.others["/tokenize"] = Answer(404, b"")
-    assert len(list(engine(gateway.url).generate(REQUESTS, SAMPLING))) == len(REQUESTS)
+    for code in (404, 405):
+        gateway = relay()
+        gateway.others["/tokenize"] = Answer(code, b"")
+        assert len(list(engine(gateway.url).generate(REQUESTS, SAMPLING))) == len(REQUESTS)
+    strange = relay()
+    strange.others["/tokenize"] = Answer(200, b"<html>Welcome!</html>")
+    with pytest.raises(EngineError, match=r"its answer is no Tokens: .*Invalid JSON"):
+        list(engine(strange.url, max_attempts=2).generate(REQUESTS, SAMPLING))
+    strict = relay()
+    strict.others["/tokenize"] = Answer(400, b"no such field")
+    assert "refuses a request (400): no such field" in _refused(strict)
 
 
 def test_a_server_whose_log_probs_are_those_after_truncation_is_refused(relay: Callable[..., Relay]) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.engines.sampling import DrawRule, draw, measure, noise
-from pipeline.engines.tap import EntropyTap, Measured, Tapped, TapRequest
+from pipeline.engines.tap import EntropyTap, Measured, TapRequest
 
 V = 300
 
@@ -118,9 +118,10 @@ def test_what_was_taken_or_forgotten_is_not_held() -> None:
 
 def test_one_value_a_row_waits_on_the_device_and_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.engines.tap.PENDING_ROWS", 16)
-    tap, tapped = EntropyTap(), Tapped(request("a", max_tokens=100), 0)
+    tap = EntropyTap()
+    tapped = tap.open(request("a", max_tokens=100))
     for position in range(100):
         tap.apply(rows_of(1, seed=position), [(0, tapped, position)])
-        assert sum(values.numel() for _, values in tap._pending) < 3 * 16
+        assert sum(values.numel() for values in tap._pending) < 3 * 16
     assert tapped.num_tokens == 96
     assert not np.isnan(tapped.rows["entropy"][:96]).any()

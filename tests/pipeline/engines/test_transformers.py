@@ -195,6 +195,21 @@ def test_a_model_whose_logits_are_nan_gives_one_line_and_no_group(arith: Arith) 
         next(engine.generate([GroupRequest(arith.prompts[0], (1, 2))], SAMPLING))
 
 
+def test_memory_that_is_short_names_the_settings_to_lower(arith: Arith) -> None:
+    model = load_model(ARITH / "model", "cpu", "float32")
+    model.register_forward_hook(lambda *_: torch.empty(2**60, dtype=torch.uint8) and None)
+    engine = TransformersEngine(model, arith.engine.tokenizer, batch_rollouts=4)
+    with pytest.raises(
+        EngineError,
+        match=r"out of memory on cpu\. Lower engine\.batch_rollouts \(now 4\) or sampling\.max_tokens "
+        r"\(now 24\), or set engine\.dtype = bfloat16; finished groups are kept\.$",
+    ):
+        next(engine.generate([GroupRequest(arith.prompts[0], (1, 2))], SAMPLING))
+    model.register_forward_hook(lambda *_: torch.zeros(2) @ torch.zeros(3), prepend=True)
+    with pytest.raises(RuntimeError, match="size"):  # a fault of ours keeps its traceback
+        next(engine.generate([GroupRequest(arith.prompts[0], (1, 2))], SAMPLING))
+
+
 @pytest.mark.parametrize(
     "entropies", [[0.5], [0.5, 4.7], [-0.1, 0.5]], ids=["too few", "too great", "negative"]
 )
@@ -204,5 +219,6 @@ def test_entropies_that_no_distribution_over_the_vocabulary_has_are_refused(entr
         return Sample(0, 0, ids, logprobs, np.array(values, np.float32), "stop")
 
     check_sample(sample([0.0, math.log(100)]), 100)
-    with pytest.raises(EngineError, match=r"of at most 4\.606 nats, and 2 log-probs for 2 tokens"):
+    with pytest.raises(EngineError, match=r"of at most 4\.606 nats, and 2 log-probs for 2 tokens") as error:
         check_sample(sample(entropies), 100)
+    assert error.value.exit_code == 1  # a fault of ours

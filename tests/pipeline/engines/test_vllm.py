@@ -18,7 +18,17 @@ from reference import (
     requests_of,
 )
 from transformers import PreTrainedModel
-from vllm_engines import EXACT, TOKENIZER, agreement, nan_model, narrow_model, opened, sampled, scaled_model
+from vllm_engines import (
+    EXACT,
+    TOKENIZER,
+    agreement,
+    incomplete_model,
+    nan_model,
+    narrow_model,
+    opened,
+    sampled,
+    scaled_model,
+)
 
 from pipeline.config import SamplingConfig, TrainConfig
 from pipeline.engines import tap
@@ -128,7 +138,11 @@ def test_a_training_samples_each_step_from_the_weights_that_the_last_one_left(
     assert len(engine_folders) == 1, "what is no longer needed goes"
 
 
-@pytest.mark.parametrize("other", [narrow_model, Path.mkdir], ids=["another hidden size", "no weights"])
+@pytest.mark.parametrize(
+    "other",
+    [narrow_model, incomplete_model, Path.mkdir],
+    ids=["another hidden size", "a layer missing", "no weights"],
+)
 def test_weights_that_do_not_fit_are_refused_by_name_and_the_engine_keeps_its_own(
     plain: VllmEngine, tmp_path: Path, other: Callable[[Path], object]
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.config import EngineConfig, VllmConfig
-from pipeline.engines.vllm_devices import own_gpus, visible_gpus
+from pipeline.engines.vllm_devices import own_gpus, refuse_other_device, visible_gpus
 from pipeline.errors import EngineError
 
 
@@ -50,6 +50,17 @@ def test_more_engines_than_gpus_are_one_line(settings: dict[str, object], line: 
     with pytest.raises(EngineError, match=line) as error:
         shares(["4", "5"], **settings)
     assert "\n" not in str(error.value)
+
+
+def test_a_device_that_the_installed_vllm_is_not_built_for_is_one_line() -> None:
+    with pytest.raises(
+        EngineError, match=r"engine\.device = cpu, and .* built for GPUs.*\"transformers\"\.$"
+    ):
+        refuse_other_device("cpu", cpu=False)
+    with pytest.raises(EngineError, match=r"engine\.device = cuda:1, and .* built for CPUs\. Set it to auto"):
+        refuse_other_device("cuda:1", cpu=True)
+    for device, cpu in (("auto", True), ("cpu", True), ("auto", False), ("cuda:1", False)):
+        refuse_other_device(device, cpu)
 
 
 def test_visible_gpus_are_those_of_the_environment_as_far_as_cuda_knows_them() -> None:

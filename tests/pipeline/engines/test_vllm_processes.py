@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
 import signal
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -32,6 +34,7 @@ from pipeline.engines.base import Engine
 from pipeline.engines.tap import Measured
 from pipeline.engines.vllm import VllmEngine
 from pipeline.engines.vllm_core import VllmCore
+from pipeline.engines.vllm_failures import StartFailed
 from pipeline.errors import EngineError
 from pipeline.records import Sample
 
@@ -146,8 +149,39 @@ def test_an_engine_that_dies_too_often_is_one_line_and_the_next_call_starts_it_a
     check_whole([*groups, *apart.generate(left, sampling)], requests, sampling)
 
 
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """Sockets of vLLM's lie in the folder for temporary files, and the name of one has 107 characters."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
 def refuse(*_: Any) -> None:
-    raise EngineError("There is no memory left.")
+    raise StartFailed("There is no memory left.", Path(tempfile.mkdtemp()) / "vllm.log")
+
+
+def test_a_restart_that_fails_is_tried_again_and_the_logs_go_when_one_succeeds(
+    apart: VllmEngine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, short_path: Path
+) -> None:
+    monkeypatch.setattr(vllm_core, "BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr(tempfile, "tempdir", str(short_path))
+    start, attempts = vllm_core.start_vllm, []
+
+    def start_third(folder: Path, *rest: Any) -> Any:
+        attempts.append(folder)
+        return start(broken if len(attempts) < 3 else folder, *rest)
+
+    broken = scaled_model(tmp_path / "model")
+    (broken / "config.json").write_text("{}")
+    sampling, requests = SamplingConfig(max_tokens=64), requests_of(arith_prompts(24), group_size=4)
+    stream = apart.generate(requests, sampling)
+    groups = [next(stream)]
+    monkeypatch.setattr(vllm_core, "start_vllm", start_third)
+    kill(engine_processes())
+    check_whole([*groups, *stream], requests, sampling)
+    assert len(attempts) == 3
+    log = apart._cores[0]._engine.echomine_log
+    assert list(short_path.glob("echomine-vllm-*.log")) == [log]
 
 
 def test_why_an_engine_does_not_start_again_is_what_the_caller_hears(
@@ -155,15 +189,21 @@ def test_why_an_engine_does_not_start_again_is_what_the_caller_hears(
 ) -> None:
     stream = apart.generate(requests_of(arith_prompts(24), group_size=4), SamplingConfig(max_tokens=64))
     next(stream)
+    waits: list[float] = []
+    monkeypatch.setattr(vllm_core, "sleep", waits.append)
     monkeypatch.setattr(vllm_core, "start_vllm", refuse)
     kill(engine_processes())
-    with pytest.raises(EngineError, match=r"^There is no memory left\.$"):
+    with pytest.raises(EngineError, match=r"max_restarts = 3\): There is no memory left\. Finished groups"):
         list(stream)
+    assert waits == [2.0, 4.0]
     assert apart._cores[0].num_tapped() == 0
 
 
 def test_two_engines_share_the_groups_and_one_that_fails_for_good_leaves_its_own_to_the_other(
-    exact: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    exact: PreTrainedModel,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     sampling, requests = SamplingConfig(max_tokens=48), requests_of(arith_prompts(32), group_size=4)
     with opened(in_process=False, data_parallel=2, max_num_seqs=4, max_restarts=0) as engine:
@@ -185,8 +225,11 @@ def test_two_engines_share_the_groups_and_one_that_fails_for_good_leaves_its_own
 
         killer = threading.Thread(target=kill_second_once_the_first_has_no_more_to_do)
         killer.start()
-        again = sampled(engine, requests, sampling)
+        with caplog.at_level(logging.WARNING, "pipeline"):
+            again = sampled(engine, requests, sampling)
         killer.join()
+        (ended,) = (record.getMessage() for record in caplog.records if "of 2 ended" in record.getMessage())
+        assert re.match(r"Engine 2 of 2 ended: vLLM died, .*Its log is \S+\.log\.", ended)
         monkeypatch.setattr(vllm_core, "start_vllm", refuse)
         with pytest.raises(EngineError, match="no memory left"):
             engine.update_weights(scaled_model(tmp_path / "model"))  # the second cannot take them

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from reference import ARITH, check_whole, ids_by_prompt
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.config import EngineConfig, SamplingConfig, VllmConfig
@@ -81,6 +82,14 @@ def narrow_model(folder: Path) -> Path:
     config = AutoConfig.from_pretrained(ARITH / "model")
     config.hidden_size //= 2
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def incomplete_model(folder: Path) -> Path:
+    """The tiny model with other weights, without those of its first layer."""
+    weights = scaled_model(folder) / "model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: tensors[name] for name in tensors if ".layers.0." not in name}, weights)
     return folder
 
 

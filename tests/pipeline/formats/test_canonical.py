@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from foreign_dumps import write_lines, write_rows
 from sample_lake import EOS_ID, character_tokenizer
@@ -160,6 +162,26 @@ def test_every_bad_row_is_quarantined_with_file_and_line_and_the_rest_proceeds(l
     for number, (_, reason) in enumerate(BAD_ROWS, start=2):
         assert reason in reasons[f"dump.jsonl:{number}"]
     assert mine(lake, MiningConfig()).groups == {"incomplete": 2}
+
+
+@pytest.mark.parametrize(("write", "suffix"), WRITERS)
+def test_a_column_that_math_sets_call_problem_is_the_users_own(lake, tmp_path, write, suffix) -> None:
+    rows = [dumped("a", 0, problem="1+1?"), dumped("a", 1, problem="1+1?")]
+    assert taken(lake, write(tmp_path / f"whole.{suffix}", rows)) == Ingested(written=2)
+    rows = [dumped("b", 0, problem="2+2?"), dumped("b", None, problem="2+2?"), dumped("b", 2)]
+    assert taken(lake, write(tmp_path / f"gap.{suffix}", rows)) == Ingested(written=2, refused=1)
+    (refused,) = rows_of(lake, 'select source, reason, "row" from quarantine')
+    assert refused["source"] == f"gap.{suffix}:2"
+    assert refused["reason"] == "group_id must be text and sample_index a whole number from 0"
+    assert json.loads(refused["row"])["problem"] == "2+2?"
+
+
+def test_two_columns_of_one_name_are_refused_in_one_line(lake: Lake, tmp_path: Path) -> None:
+    table = pa.Table.from_pylist([dumped("a", 0)])
+    path = tmp_path / "twice.parquet"
+    pq.write_table(table.append_column("reward", table["reward"]), path)
+    with pytest.raises(FormatError, match=r"twice\.parquet has several columns `reward`\. Keep one"):
+        taken(lake, path)
 
 
 @pytest.mark.parametrize(("write", "suffix"), WRITERS)

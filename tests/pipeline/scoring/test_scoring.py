@@ -10,7 +10,7 @@ from pipeline import scoring
 from pipeline.config import MiningConfig, NightlyConfig
 from pipeline.errors import MiningError
 from pipeline.mine import mine
-from pipeline.runs import open_run
+from pipeline.runs import facts, open_run, sealed_snapshot
 from pipeline.scoring import Scored, Selection
 
 
@@ -85,12 +85,30 @@ def test_a_night_scores_its_own_rollouts_by_its_own_model(put, sampled, policy):
     lake = put(unscored(sampled))
     run = open_run(NightlyConfig(max_prompts=1), lake.folder)
     lake = put([row | {"run_id": run.run_id, "group_id": "tonight"} for row in unscored(sampled[:2])])
+    unseen = sealed_snapshot(run)
     assert scoring.score_run(run) == Scored(scored=2)
+    assert sealed_snapshot(run) > unseen, "the night is mined as it was scored"
     assert scoring.score_run(run) == Scored()
+    assert facts(run)["num_scored"] == 2
     scored = select(
         lake, "select group_id, sample_index from rollouts where completion_entropies is not null"
     )
     assert {row["group_id"] for row in scored} == {"tonight"}
+
+
+def test_a_night_whose_rollouts_were_all_refused_has_nothing_to_score(put, sampled):
+    lake = put(unscored(sampled))
+    assert scoring.score_run(open_run(NightlyConfig(max_prompts=1), lake.folder)) == Scored()
+
+
+def test_an_experts_rollouts_get_the_entropies_that_the_policy_has_on_them(put, sampled, model, policy):
+    lake = put([row | {"origin": "expert"} for row in without(sampled, "completion_entropies")])
+    assert scoring.score(lake, model, policy).scored == 6
+    scored = by_place(lake)
+    for row in sampled:
+        found = scored[row["group_id"], row["sample_index"]]
+        assert (found["origin"], found["entropy_kind"]) == ("expert", "rescored")
+        np.testing.assert_allclose(found["completion_entropies"], row["completion_entropies"], atol=1e-4)
 
 
 # A newer policy judges

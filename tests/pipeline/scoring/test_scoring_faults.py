@@ -48,7 +48,7 @@ scoring.score(lake, model, policy, scoring.Selection(rescore=True),
 
 def test_a_rescoring_that_is_killed_goes_on_with_what_it_had_not_committed(put, sampled, model, policy):
     lake = put(sampled)
-    killed = subprocess.run([sys.executable, "-c", KILLED, lake.folder], timeout=120)
+    killed = subprocess.run([sys.executable, "-c", KILLED, lake.folder], timeout=600)
     assert killed.returncode == -signal.SIGKILL
     assert scoring.num_waiting(lake, policy, ALL) == 2
     assert scoring.score(lake, model, policy, ALL).scored == 2
@@ -181,11 +181,41 @@ def test_passes_that_memory_cannot_hold_are_halved_until_it_can(put, sampled, po
         np.testing.assert_allclose(row["completion_entropies"], entropies[place], atol=1e-5)
 
 
-def test_a_rollout_that_memory_cannot_hold_alone_is_named_with_the_setting(put, sampled, policy, hungry):
+@pytest.mark.parametrize(
+    ("dtype", "cure"),
+    [
+        (torch.float32, "Set engine.dtype to bfloat16, which takes half of it; or free memory."),
+        (torch.bfloat16, "Free memory."),
+    ],
+)
+def test_a_rollout_that_memory_cannot_hold_alone_is_named_with_the_setting(
+    put, sampled, policy, hungry, dtype, cure
+):
     long = sampled[0] | {"completion_ids": sampled[0]["completion_ids"] * 12}
+    num_tokens = len(long["prompt_ids"]) + len(long["completion_ids"])
     lake = put(unscored([long]))
+    hungry = hungry.to(dtype)
     limit_memory(hungry, 2**20)
-    with pytest.raises(ModelError, match=r"A rollout of \d+ tokens does not fit .*engine\.dtype") as caught:
+    with pytest.raises(ModelError) as caught:
         scoring.score(lake, hungry, policy)
-    assert "\n" not in str(caught.value)
+    assert str(caught.value) == (
+        f"A rollout of {num_tokens} tokens does not fit into the memory of cpu beside arith, even alone. "
+        f"{cure} What was scored before stays."
+    )
     assert scoring.num_waiting(lake, policy) == 1
+
+
+def test_where_memory_holds_only_single_rollouts_they_are_scored_one_by_one(
+    put, sampled, model, policy, hungry
+):
+    lake = put(unscored(sampled))
+    longest = max(len(row["prompt_ids"]) + len(row["completion_ids"]) for row in sampled)
+
+    def hold_one(_module, _args, given):
+        if len(given["input_ids"]) > 1:
+            raise torch.OutOfMemoryError
+
+    hungry.get_decoder().register_forward_pre_hook(hold_one, with_kwargs=True)
+    done = scoring.score(lake, hungry, policy, batch_tokens=longest)
+    assert done.scored == 6
+    assert done.batch_tokens < longest
