@@ -11,6 +11,7 @@ import pytest
 import torch
 from arith_shards import SUMS, export_arith_shards
 from verl import DataProto
+from verl.utils.tensordict_utils import get_tensordict
 from verl_workers import RayPPOTrainer, Workers, trainer_of, verl_config
 
 from pipeline.errors import ConfigError, FormatError
@@ -106,7 +107,7 @@ def assert_grown_by_the_term(found, plain, terms):
 
 
 def echo_terms(model, tokenizer, shards, num_steps=2):
-    """[(λ · EchoClip loss, its gradient)] of the clips that are next, a clip at a time by the model's logits."""
+    """[(λ · EchoClip loss, its gradient)] of the next clips, a clip at a time by the model's logits."""
     clips, terms = EchoClips(shards, tokenizer, CLIPS_PER_STEP), []
     for _ in range(num_steps):
         batch, logprobs, lengths = clips.next_batch(), [], []
@@ -168,7 +169,7 @@ class Listening:
 
     def update_actor(self, batch):
         self.batches.append(batch)
-        return {"metrics": {"mfu": 0.0}}
+        return get_tensordict({}, {"metrics": {"mfu": 0.0}})
 
 
 def test_each_update_gets_the_next_clips_and_the_rollouts_come_back_as_they_were(tokenizer, shards):
@@ -198,7 +199,10 @@ def test_each_update_gets_the_next_clips_and_the_rollouts_come_back_as_they_were
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"policy_loss.loss_mode": "vanilla"}, "verl's loss is `vanilla`, .* to `echo_vanilla` or `echo_gspo`"),
+        (
+            {"policy_loss.loss_mode": "vanilla"},
+            "verl's loss is `vanilla`, .* to `echo_vanilla` or `echo_gspo`",
+        ),
         ({"shuffle": True}, r"shuffles rows .* Set `actor_rollout_ref\.actor\.shuffle=False`"),
     ],
 )

@@ -9,8 +9,11 @@ import sys
 
 import pytest
 from arith_shards import export_arith_shards
+from test_adapter_verl import TWO_STEPS, rollouts, steps_without_clips
+from verl_workers import Workers, trainer_of, verl_config
 
-from pipeline.models import PROJECT
+from pipeline.models import PROJECT, load_model, model_folder
+from pipeline.tokenization import load_tokenizer
 
 EXAMPLES = re.findall(r"```python\n(.*?)```", (PROJECT / "docs" / "trainer.md").read_text(), re.DOTALL)
 LOOP, STREAM, TRL, VERL, PRIME_RL = EXAMPLES
@@ -52,12 +55,17 @@ def test_the_trl_example_of_the_page_trains_ten_steps_and_logs_echo_loss():
 
 
 @pytest.mark.usefixtures("folder")
-def test_the_verl_example_of_the_page_adds_the_clips_to_verls_loss():
+def test_the_verl_example_of_the_page_adds_the_clips_to_verls_steps():
     names = {}
     exec(VERL, names)
-    assert len(names["batch"]["responses"]) == 4 + len(names["echo_rows"].clips.next_batch())
-    assert names["metrics"]["actor/echo_term"] == pytest.approx(0.001)  # log-probs of −1, so a loss of 1
-    assert (names["logprobs"].grad[4:] < 0).any()
+    model, tokenizer = load_model(model_folder("arith"), "cpu"), load_tokenizer(model_folder("arith"))
+    config = verl_config(**TWO_STEPS, **{"policy_loss.loss_mode": "echo_vanilla"})
+    workers = Workers(model, config)
+    trainer_of(names["EchoTrainer"], config, tokenizer, workers)._update_actor(rollouts())
+    plain = steps_without_clips(model, tokenizer, "vanilla", **TWO_STEPS)
+    assert len(workers.steps) == len(plain) == 2
+    for (loss, _), (without, _) in zip(workers.steps, plain, strict=True):
+        assert 0 < loss - without < 0.01, "0.001 · EchoClip loss"
 
 
 @pytest.mark.usefixtures("folder")

@@ -31,7 +31,7 @@ STANDINS = {
 
 
 def stand_in(name):
-    """A module that has every name: mocks, and torch's `DataLoader` for the one that torchdata makes of it."""
+    """A module that has every name: mocks, and torch's `DataLoader` for torchdata's."""
     module = ModuleType(name)
     module.__path__, module.StatefulDataLoader = [], DataLoader
     module.__getattr__ = lambda attribute: MagicMock(name=f"{name}.{attribute}")
@@ -49,10 +49,11 @@ with warnings.catch_warnings():
 for _name in _standins:  # nobody else is to find them
     del sys.modules[_name]
 
-from verl.single_controller.base.decorator import _split_args_kwargs_data_proto
-from verl.utils import tensordict_utils
-from verl.workers.config import ActorConfig
-from verl.workers.utils.losses import ppo_loss
+from verl.single_controller.base.decorator import _split_args_kwargs_data_proto  # noqa: E402
+from verl.utils import seqlen_balancing, tensordict_utils  # noqa: E402
+from verl.utils.metric import Metric  # noqa: E402
+from verl.workers.config import ActorConfig  # noqa: E402
+from verl.workers.utils.losses import ppo_loss  # noqa: E402
 
 CONFIG = Path(verl.__file__).parent / "trainer" / "config" / "_generated_ppo_trainer.yaml"
 
@@ -150,17 +151,22 @@ class OneWorker(TrainingWorker):
         output = self.engine.forward_backward_batch(data, partial(ppo_loss, self.actor))
         gradient = {name: weight.grad.clone() for name, weight in self.engine.module.named_parameters()}
         self.steps.append((sum(output["loss"]), gradient))
-        return tensordict_utils.get_tensordict({}, {"metrics": {**output["metrics"], "mfu": 0.0}})
+        # of the first process alone, where verl gathers a list over all
+        metrics = {name: value if is_summed(value) else [value] for name, value in output["metrics"].items()}
+        return tensordict_utils.get_tensordict({}, {"metrics": {**metrics, "mfu": 0.0}})
+
+
+def is_summed(values):
+    return isinstance(values, list) and isinstance(values[0], Metric)
 
 
 class Workers:
-    """A worker group: `steps` are the loss and gradient of each optimizer step so far, as FSDP averages them."""
+    """A worker group: `steps` are the loss and gradient of each optimizer step, as FSDP averages them."""
 
     def __init__(self, model, config, number=1):
         actor = config.actor_rollout_ref.actor
-        names = (
-            "strategy ppo_micro_batch_size_per_gpu loss_agg_mode entropy_coeff use_kl_loss kl_loss_coef".split()
-        )
+        names = ["strategy", "ppo_micro_batch_size_per_gpu", "loss_agg_mode"]
+        names += ["entropy_coeff", "use_kl_loss", "kl_loss_coef"]
         settings = {name: actor[name] for name in names}
         settings["policy_loss"] = {"loss_mode": actor.policy_loss.loss_mode}
         tokens = actor.ppo_max_token_len_per_gpu if actor.use_dynamic_bsz else None
@@ -185,8 +191,9 @@ class Workers:
                 processes.barrier.abort()
 
         processes = Processes(len(shares))
-        names = {"get_device_id": lambda: "cpu", "get_device_name": lambda: "cpu"}
-        with processes.instead(), patch.multiple(transformer_impl, **names):
+        name = {"get_device_name": lambda: "cpu"}  # verl's needs a GPU for its name
+        on_cpu = patch.multiple(transformer_impl, get_device_id=lambda: "cpu", **name)
+        with processes.instead(), on_cpu, patch.multiple(seqlen_balancing, **name):
             threads = [Thread(target=work, args=(rank,)) for rank in range(len(shares))]
             for thread in threads:
                 thread.start()

@@ -177,7 +177,7 @@ class EchoUpdate:
 
 
 class _WithMiniBatches:
-    """verl's workers, to whom mini-batches are of this size; what losses are divided by stays as verl set it."""
+    """verl's workers, told the size of mini-batches; what losses are divided by stays as verl set it."""
 
     def __init__(self, workers: Any, mini_batch_size: int) -> None:
         self._workers, self._mini_batch_size = workers, mini_batch_size
@@ -200,26 +200,28 @@ def split_of(config: Any, num_rollouts: int, num_processes: int) -> Split:
     mini_batch_size = actor.ppo_mini_batch_size * config.actor_rollout_ref.rollout.n
     if num_rollouts % mini_batch_size or mini_batch_size % num_processes:
         raise ConfigError(
-            f"verl cannot cut {num_rollouts} rollouts into mini-batches of {mini_batch_size} on {num_processes} "
-            "processes. Let `ppo_mini_batch_size` divide `train_batch_size`, and the processes divide both."
+            f"verl cannot cut {num_rollouts} rollouts into mini-batches of {mini_batch_size} on "
+            f"{num_processes} processes. "
+            "Let `ppo_mini_batch_size` divide `train_batch_size`, and the processes divide both."
         )
     micro_batch_rows = 1 if actor.use_dynamic_bsz else actor.ppo_micro_batch_size_per_gpu
     return Split(num_rollouts // mini_batch_size, num_processes, micro_batch_rows)
 
 
 def check_config(config: Any) -> None:
-    """Raises ConfigError where verl, so configured, would not learn rollouts and clips as `EchoUpdate` says."""
+    """Raises ConfigError where verl, so configured, would not learn what `EchoUpdate` says."""
     actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
     loss_mode = actor.policy_loss.loss_mode
     if loss_mode not in [f"echo_{base}" for base in BASES]:
         raise ConfigError(
-            f"verl's loss is `{loss_mode}`, which knows no EchoClips. Set `actor_rollout_ref.actor.policy_loss."
-            "loss_mode` to `echo_vanilla` or `echo_gspo`, and no `rollout_correction.bypass_mode`."
+            f"verl's loss is `{loss_mode}`, which knows no EchoClips. Set "
+            "`actor_rollout_ref.actor.policy_loss.loss_mode` to "
+            "`echo_vanilla` or `echo_gspo`, and no `rollout_correction.bypass_mode`."
         )
     if rollout.temperature != 1.0:
         raise ConfigError(
-            f"verl trains at the temperature {rollout.temperature} of its rollouts, and EchoClips are learned "
-            "at 1. Set `actor_rollout_ref.rollout.temperature=1.0`."
+            f"verl trains at the temperature {rollout.temperature} of its rollouts, and EchoClips are "
+            "learned at 1. Set `actor_rollout_ref.rollout.temperature=1.0`."
         )
     if actor.shuffle:
         raise ConfigError(
@@ -227,4 +229,6 @@ def check_config(config: Any) -> None:
             "Set `actor_rollout_ref.actor.shuffle=False`; its prompts come shuffled anyway (`data.shuffle`)."
         )
     if (config.get("distillation") or {}).get("enabled"):
-        raise ConfigError("verl distils with losses that know no EchoClips. Set `distillation.enabled=False`.")
+        raise ConfigError(
+            "verl distils with losses that know no EchoClips. Set `distillation.enabled=False`."
+        )

@@ -101,8 +101,8 @@ def check_rollouts(rollouts: Mapping[str, Tensor], split: Split, loss_agg_mode: 
     without = (~parts.bool().any(-1).any(-1).any(0)).nonzero().flatten().tolist()
     if without and loss_agg_mode == "token-mean":
         raise ConfigError(
-            f"Mini-batch {without[0]} has no token of a rollout, and verl's token-mean divides by their number. "
-            "Set `actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean`, or mask fewer rollouts."
+            f"Mini-batch {without[0]} has no token of a rollout, and verl's token-mean divides by their "
+            "number. Set `actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean`, or mask fewer rollouts."
         )
 
 
