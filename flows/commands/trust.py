@@ -86,9 +86,9 @@ def _note_gaps(done: Reverified) -> None:
         )
     if done.no_ground_truth:
         note(
-            f"{done.no_ground_truth} rollouts are of prompts without a ground truth, which the verifier needs; "
-            "nothing was written for them. Import them again with `ground_truth`, or judge them with "
-            "--verifier module:function."
+            f"{done.no_ground_truth} rollouts are of prompts without a ground truth, which the verifier "
+            "needs: nothing was written for them. Judge them with --verifier module:function, or import them "
+            "with `ground_truth` into a new lake."
         )
     if done.no_verifier:
         note(
