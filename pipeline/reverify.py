@@ -2,7 +2,7 @@
 
 Nothing is overwritten. A verdict is a row of `verdicts`; of several the newest with a reward counts, in
 minings, in the class of a group, and in `withdrawn_clips`. A verifier that hangs or dies says nothing: what
-it was asked stays as it is, and is asked again the next time.
+it was asked stays as it is, and is asked again the next time; that it fails again alike is not written again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pipeline.records import Judgement
 from pipeline.rewards import VerifierPool
 from pipeline.rollouts import stored_prompt
 from pipeline.sqlfiles import sql_file
-from pipeline.verifiers import BUILT_IN
+from pipeline.verifiers import BUILT_IN, NEED_TRUTH
 from pipeline.withdrawal import TouchedShard, notice_shards, withdrawn_clips
 
 BATCH_ROLLOUTS = 64  # judged together
@@ -51,6 +51,7 @@ class Reverified:
         failed: whose verifier hung, died or raised; they keep what they had.
         known: judged by the same verifier version before.
         unknown_prompt: whose prompt the lake does not hold, so that there is no ground truth.
+        no_ground_truth: whose prompt has none, and the verifier needs one; it is not asked.
         no_verifier: that do not name a built-in verifier, and none was given.
         withdrawn_clips: clips (of all minings) that may teach no more.
         shards: exported files that hold some of these.
@@ -60,6 +61,7 @@ class Reverified:
     failed: int = 0
     known: int = 0
     unknown_prompt: int = 0
+    no_ground_truth: int = 0
     no_verifier: int = 0
     withdrawn_clips: int = 0
     shards: list[TouchedShard] = field(default_factory=list)
@@ -145,16 +147,18 @@ class _Reverification:
                 rows = batch.to_pylist()
                 seen += len(rows)
                 known = [row for row in rows if row["messages"] is not None]
+                asked = [row for row in known if verifier not in NEED_TRUTH or _has_truth(row)]
                 judgements = pool.judge_each(
-                    [stored_prompt(row) for row in known], [row["completion"] or "" for row in known]
+                    [stored_prompt(row) for row in asked], [row["completion"] or "" for row in asked]
                 )
-                self._keep(pool, [row["rollout_id"] for row in known], judgements)
+                self._keep(pool, asked, judgements)
                 failed = sum(judgement.reward is None for judgement in judgements)
                 done = replace(
                     done,
-                    judged=done.judged + len(known) - failed,
+                    judged=done.judged + len(asked) - failed,
                     failed=done.failed + failed,
                     unknown_prompt=done.unknown_prompt + len(rows) - len(known),
+                    no_ground_truth=done.no_ground_truth + len(known) - len(asked),
                 )
                 if len(self._rows) >= COMMIT_ROLLOUTS or time.monotonic() - committed > COMMIT_SECONDS:
                     self._commit()
@@ -164,12 +168,14 @@ class _Reverification:
             self._commit()
         return replace(done, known=done.known + num_rollouts - seen)
 
-    def _keep(self, pool: VerifierPool, rollout_ids: list[str], judgements: list[Judgement]) -> None:
+    def _keep(self, pool: VerifierPool, rows: list[dict[str, Any]], judgements: list[Judgement]) -> None:
         now = datetime.now(UTC)
-        for rollout_id, judgement in zip(rollout_ids, judgements, strict=True):
+        for row, judgement in zip(rows, judgements, strict=True):
+            if judgement.reward is None and judgement.error == row["last_error"]:
+                continue  # each verdict is a new snapshot to mine, and this one says nothing new
             self._rows.append(
                 {
-                    "rollout_id": rollout_id,
+                    "rollout_id": row["rollout_id"],
                     "verifier": pool.name,
                     "verifier_version": pool.version,
                     "reward": judgement.reward,
@@ -184,3 +190,7 @@ class _Reverification:
             verdicts = pa.Table.from_pylist(self._rows, schema.VERDICTS)
             self.lake.changed(lambda writer: writer.append({"verdicts": writer.still_held(verdicts)}))
             self._rows.clear()
+
+
+def _has_truth(row: dict[str, Any]) -> bool:
+    return bool((row["ground_truth"] or "").strip())

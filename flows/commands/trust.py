@@ -84,6 +84,12 @@ def _note_gaps(done: Reverified) -> None:
             f"{done.unknown_prompt} rollouts are of prompts that the lake does not hold, so nothing "
             "tells what is right. Import them again with `prompt` and `ground_truth`."
         )
+    if done.no_ground_truth:
+        note(
+            f"{done.no_ground_truth} rollouts are of prompts without a ground truth, which the verifier "
+            "needs: nothing was written for them. Judge them with --verifier module:function, or import them "
+            "with `ground_truth` into a new lake."
+        )
     if done.no_verifier:
         note(
             f"{done.no_verifier} rollouts do not name a built-in verifier. Judge them with "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -75,7 +75,9 @@ class Audit:
 
     @property
     def tokens(self) -> int | None:
-        """Completion tokens of all groups; None where the dump does not tell."""
+        """Completion tokens of all groups; None where a dump does not tell, or there is no group."""
+        if not self.classes:
+            return None
         return _sum(figures.tokens for figures in self.classes.values())
 
     @property
@@ -83,7 +85,7 @@ class Audit:
         """Completion tokens of groups whose rollouts all earned the same reward."""
         if self.tokens is None:
             return None
-        return _sum(self.classes[name].tokens for name in ZERO_ADVANTAGE if name in self.classes) or 0
+        return _sum(self.classes[name].tokens for name in ZERO_ADVANTAGE if name in self.classes)
 
     @property
     def zero_advantage_share(self) -> float | None:
@@ -131,7 +133,7 @@ def audit(
                         name = group["group_class"]
                         groups[name] += 1
                         rollouts[name] += group["num_rollouts"]
-                        tokens[name] = _sum((tokens.get(name), group["num_tokens"]))
+                        tokens[name] = _sum((tokens.get(name, 0), group["num_tokens"]))
                         yield group
 
             rules = rule_figures(counted())
@@ -165,6 +167,11 @@ def _mined(
     return Yield(found.clips, found.dropped, {row["reason"]: row["n"] for row in refused})
 
 
-def _sum(values: Any) -> int | None:
-    known = [value for value in values if value is not None]
-    return sum(known) if known else None
+def _sum(values: Iterable[int | None]) -> int | None:
+    """None if one is not known: a sum of the others would be less than it says."""
+    total = 0
+    for value in values:
+        if value is None:
+            return None
+        total += value
+    return total

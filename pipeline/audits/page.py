@@ -51,7 +51,7 @@ def _figures(audit: Audit) -> list[tuple[str, str, str]]:
         (
             "–" if tokens is None else percent(audit.zero_advantage_tokens or 0, tokens),
             "tokens that taught nothing",
-            "the dump tells no lengths" if tokens is None else f"of {number(tokens)} in completions",
+            "not every rollout tells its length" if tokens is None else f"of {number(tokens)} in completions",
         ),
         (
             number(audit.mined.clips),

@@ -48,9 +48,9 @@ class _Tally:
     rule: Rule
     missed: int = 0
     missed_rollouts: int = 0
-    missed_tokens: int | None = None
+    missed_tokens: int | None = 0
     dropped: int = 0
-    dropped_tokens: int | None = None
+    dropped_tokens: int | None = 0
     largest: float = 0.0
     total: float = 0.0
     largest_unfiltered: float = 0.0
@@ -80,9 +80,9 @@ class _Tally:
             self.rule.normalization,
             self.rule.source,
             self.missed,
-            self.missed_tokens if self.missed else 0,
+            self.missed_tokens,
             self.dropped,
-            self.dropped_tokens if self.dropped else 0,
+            self.dropped_tokens,
             self.largest if known else None,
             mean if known else None,
             self.largest_unfiltered if known else None,
@@ -114,4 +114,5 @@ def _phantom(rule: Rule, rewards: tuple[float, ...]) -> tuple[float, float]:
 
 
 def _plus(total: int | None, tokens: int | None) -> int | None:
-    return total if tokens is None else (total or 0) + tokens
+    """None for good once a group's tokens are not known."""
+    return None if total is None or tokens is None else total + tokens

@@ -6,13 +6,13 @@
 --   group_id
 --   group_class    all_success | all_fail | all_equal | mixed | incomplete
 --   num_rollouts   rollouts
---   num_tokens     completion tokens, null where the dump does not tell
+--   num_tokens     completion tokens, null where the dump does not tell them of each rollout
 --   rewards        by sample_index
 select
     dump_rollouts.group_id,
     group_classes.group_class,
     count(*) as num_rollouts,
-    sum(dump_rollouts.num_tokens)::bigint as num_tokens,
+    case when count(dump_rollouts.num_tokens) = count(*) then sum(dump_rollouts.num_tokens)::bigint end as num_tokens,
     list(dump_rollouts.reward order by dump_rollouts.sample_index) as rewards
 from dump_rollouts
 join group_classes using (group_id)

@@ -153,6 +153,27 @@ def test_text_is_counted_in_tokens_where_there_is_a_tokenizer(tmp_path):
     assert audit([path], load_tokenizer(MODEL), MiningConfig()).tokens == 2 * length
 
 
+def test_where_some_rollouts_tell_no_tokens_no_sum_and_no_share_of_tokens_is_told(tmp_path, capfd):
+    told = [row | {"completion_ids": [1] * 5} for row in rewards_only(a=[1.0, 0.0], b=[0.0, 0.0])]
+    untold = rewards_only(c=[1.0, 1.0], b=[0.0], half=[0.7] * 8)
+    paths = [written(tmp_path / "told.jsonl", told), written(tmp_path / "untold.jsonl", untold)]
+    found = audit(paths, None, MiningConfig())
+    assert found.classes == {
+        "all_equal": ClassFigures(1, 8, None),
+        "all_fail": ClassFigures(1, 3, None),
+        "all_success": ClassFigures(1, 2, None),
+        "mixed": ClassFigures(1, 2, 10),
+    }
+    assert (found.tokens, found.zero_advantage_tokens, found.zero_advantage_share) == (None, None, None)
+    openrlhf = by_trainer(found)["OpenRLHF"]
+    assert (openrlhf.missed, openrlhf.missed_tokens, openrlhf.dropped_tokens) == (1, None, 0)
+    assert main(["audit", *map(str, paths)]) == 0
+    shown = capfd.readouterr().out
+    assert "Zero-advantage groups: 3 of 4 groups (75.0 %) taught nothing." in shown
+    mixed = next(line for line in shown.splitlines() if "mixed" in line)
+    assert "%" not in mixed, "a share of what is not known"
+
+
 def test_a_row_that_is_there_twice_counts_once_and_an_expert_never(tmp_path):
     given = [{"group_id": "a", "sample_index": index, "reward": 1.0} for index in (0, 1, 1)]
     given.append({"group_id": "a", "sample_index": 2, "reward": 0.0, "origin": "expert"})

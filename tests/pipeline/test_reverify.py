@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from sample_lake import LakeBuilder, SampleLake, overturned, prompt_id
 
+from flows.cli import main
 from pipeline.config import ExportConfig, MiningConfig, VerifyConfig
 from pipeline.errors import LakeError, VerifierError
 from pipeline.exports.core import export_clips
@@ -54,7 +55,10 @@ def test_a_hang_and_a_death_cost_their_own_rollout_and_are_asked_again(tmp_path:
         "returned NoneType as `reward`, not a number",
         None,
     }
+    mining = mine(lake, MiningConfig())
     assert reverify(lake, VERIFY, Scope(), TROUBLED) == Reverified(judged=0, failed=3, known=1)
+    assert num(lake, "verdicts") == 4, "what failed again alike is not written again"
+    assert mine(lake, MiningConfig()) == mining
     assert mine(lake, MiningConfig()).groups == {"all_success": 1}, "what cannot be judged is not overturned"
 
 
@@ -90,6 +94,25 @@ def test_rollouts_of_unknown_prompts_are_counted_and_keep_their_reward(tmp_path:
     builder.add_group(["#1", "#2"], [1.0, 1.0])
     builder.prompts.clear()
     assert reverify(builder.commit(), VERIFY, Scope()) == Reverified(unknown_prompt=2)
+
+
+@pytest.mark.parametrize("verifier", ["exact", "math"])
+def test_where_the_verifier_needs_a_ground_truth_and_there_is_none_nothing_is_written(
+    tmp_path: Path, verifier: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    lake = solved(tmp_path / "lake", "#1", "#2")  # its prompt has no ground truth
+    mining = mine(lake, MiningConfig())
+    with lake.reader() as reader:
+        before = reader.snapshot
+    assert reverify(lake, VERIFY, Scope(), verifier) == Reverified(no_ground_truth=2)
+    assert num(lake, "verdicts") == 0
+    with lake.reader() as reader:
+        assert reader.snapshot == before
+    assert mine(lake, MiningConfig()) == mining
+    assert main(["reverify", "--lake", str(lake.folder), "--verifier", verifier]) == 0
+    said = " ".join(capfd.readouterr().err.split())
+    assert "2 rollouts are of prompts without a ground truth" in said
+    assert "hung, died or raised" not in said
 
 
 def test_a_group_with_an_overturned_rollout_is_mixed_now_and_was_solved_then(judged: Lake) -> None:
