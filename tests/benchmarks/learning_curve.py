@@ -123,8 +123,8 @@ def run(folder: Path, arm: str, seed: int, steps: int, lr: float, echo_weight: f
 def table(folder: Path, steps: int) -> None:
     """Mean ± standard deviation over the seeds, a column for each arm.
 
-    Of `online` the EchoClip term's norm is measured every `grad_norms_every`-th step, 50th by default: its mean
-    over 20 steps is one step's or none's.
+    Of `online` the EchoClip term's norm is measured every `grad_norms_every`-th step, 50th by default: its
+    mean over 20 steps is one step's or none's.
     """
     columns: list[list[str]] = []
     for arm in ARMS:
