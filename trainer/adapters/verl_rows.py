@@ -78,7 +78,7 @@ def join_rows(
     for key in (*filler, *(key for key in OPTIONAL_KEYS if key in rollouts)):
         theirs = rollouts[key]
         ours = torch.stack([row[key] if key in row else torch.zeros(theirs.shape[1]) for row in rows])
-        both = [tensor.unflatten(0, parts) for tensor in (theirs, ours.to(theirs))]
+        both = [tensor.reshape(*parts, tensor.shape[1]) for tensor in (theirs, ours.to(theirs))]
         joined[key] = torch.cat(both, dim=2).flatten(0, 2)
     return joined
 
@@ -97,8 +97,9 @@ def check_rollouts(rollouts: Mapping[str, Tensor], split: Split, loss_agg_mode: 
                 f"The batch holds `{key}`, which EchoClips have none of. "
                 "Switch router replay, distillation and images off."
             )
-    parts = rollouts["response_mask"].unflatten(0, (split.num_processes, split.num_steps, -1))
-    without = (~parts.bool().any(-1).any(-1).any(0)).nonzero().flatten().tolist()
+    has_token = rollouts["response_mask"].bool().any(dim=1)
+    has_token = has_token.reshape(split.num_processes, split.num_steps, -1).any(2).any(0)
+    without = [step for step, has_one in enumerate(has_token.tolist()) if not has_one]
     if without and loss_agg_mode == "token-mean":
         raise ConfigError(
             f"Mini-batch {without[0]} has no token of a rollout, and verl's token-mean divides by their "
