@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from pipeline.forgotten import FORGOTTEN, Forgotten, emptied
 from pipeline.lake import Lake
 from pipeline.lake_reader import Reader
 from pipeline.lake_writer import Writer
-from pipeline.quarantine import Refused, quarantine_table
+from pipeline.quarantine import Refused, first_refusal, quarantine_table
 from pipeline.records import Prompt
 from pipeline.rollouts import checked, prompt_table, rollout_table
 from pipeline.sqlfiles import sql_file
@@ -24,14 +24,24 @@ _CLAIM = ("rollout_id", "group_id", "sample_index", "reward", "origin", *_POLICY
 
 @dataclass(frozen=True)
 class Ingested:
-    """Numbers of rows: new in the lake, there before, and refused into quarantine."""
+    """Numbers of rows: new in the lake, there before, and refused into quarantine.
+
+    Attributes:
+        refusal: where the first refused row stood, and why it was refused; None if none was.
+    """
 
     written: int = 0
     known: int = 0
     refused: int = 0
+    refusal: str | None = field(default=None, compare=False)
 
     def __add__(self, other: Ingested) -> Ingested:
-        return Ingested(self.written + other.written, self.known + other.known, self.refused + other.refused)
+        numbers = (self.written + other.written, self.known + other.known, self.refused + other.refused)
+        return Ingested(*numbers, self.refusal or other.refusal)
+
+    def counts(self) -> dict[str, int]:
+        """The numbers by name."""
+        return {"written": self.written, "known": self.known, "refused": self.refused}
 
 
 def ingest(
@@ -107,10 +117,12 @@ def ingest_table(
         if prompts is not None:
             left_out = frozenset(rows["prompt_id"].take(pa.array(sorted(gone), pa.int64())).to_pylist())
             tables["prompts"] = forgotten.prompts(prompts, left_out)
+        refusal = None
         if bad:
             tables["quarantine"] = quarantine_table(forgotten.emptied(bad))
+            refusal = first_refusal(tables["quarantine"])
         new = writer.append(tables)
-        return Ingested(new["rollouts"], good.num_rows - new["rollouts"], len(bad))
+        return Ingested(new["rollouts"], good.num_rows - new["rollouts"], len(bad), refusal)
 
     return lake.changed(change)
 

@@ -44,6 +44,11 @@ def quarantine_table(refused: Sequence[Refused]) -> pa.Table:
     )
 
 
+def first_refusal(quarantine: pa.Table) -> str:
+    """Where the first row of the table `quarantine` stood, and why it was refused."""
+    return f"{quarantine['source'][0]}: {quarantine['reason'][0]}"
+
+
 def _text(value: Any) -> str | None:
     # Half a surrogate pair, which JSON can spell and UTF-8 cannot, is kept as its escape.
     return None if value is None else str(value).encode("utf-8", "backslashreplace").decode()

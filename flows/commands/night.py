@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +74,7 @@ def generate(lake: Path, config: Path | None, as_json: bool, **options: Any) -> 
                 update(done.written + done.known + done.refused)
     finally:
         stop_generating(run)
-    counts: dict[str, Any] = {"run_id": run.run_id, "night": str(run.night), **asdict(done)}
+    counts: dict[str, Any] = {"run_id": run.run_id, "night": str(run.night), **done.counts()}
     print_counts(as_json, counts)
     if engine_kind(settings.engine) == "server":
         note(

@@ -84,7 +84,7 @@ def import_rollouts(
         done = imports.import_rollouts(opened, dumps, loaded, update)
     for sentence in sorted(done.assumed):
         note(sentence)
-    counts: dict[str, Any] = asdict(done.rows)
+    counts: dict[str, Any] = done.rows.counts()
     waiting = imports.num_unscored(opened, sorted(done.run_ids))
     if score_with is not None and waiting:
         counts |= {"scored": sum(_scored(opened, settings, run)["scored"] for run in sorted(done.run_ids))}
@@ -95,26 +95,20 @@ def import_rollouts(
         )
     print_counts(as_json, counts)
     if done.rows.refused:
-        raise _refused(opened, done.rows, files)
+        raise _refused(done.rows)
 
 
-def _refused(lake: Lake, done: Ingested, files: tuple[Path, ...]) -> FormatError:
-    """The rest is in the lake; still, rows that were refused are the user's to know of."""
-    with lake.reader() as reader:
-        first = reader.rows(
-            """
-            select source, reason from quarantine
-            where list_contains($names, regexp_replace(source, ':[0-9]+$', ''))
-            order by created_at desc, source
-            limit 1
-            """,
-            {"names": [path.name for path in files]},
-        )[0]
+def _refused(done: Ingested) -> FormatError:
+    """What could enter is in the lake; still, rows that were refused are the user's to know of."""
     total = done.written + done.known + done.refused
     were = "was" if done.refused == 1 else "were"
+    rest = (
+        "The others are in the lake; mend the refused"
+        if total > done.refused
+        else "None was imported; mend them"
+    )
     return FormatError(
-        f"{done.refused} of {total} rows {were} refused, such as "
-        f"{first['source']}: {first['reason']}. The others are in the lake; mend the refused and import "
+        f"{done.refused} of {total} rows {were} refused, such as {done.refusal}. {rest} and import "
         'again (see `echomine sql "select source, reason from quarantine"`).'
     )
 

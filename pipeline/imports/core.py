@@ -29,6 +29,7 @@ from pipeline.ingest import Ingested, conflicts, ingest_table
 from pipeline.lake import Lake
 from pipeline.lake_reader import Reader
 from pipeline.lake_writer import Writer
+from pipeline.quarantine import first_refusal
 from pipeline.rollouts import named
 from pipeline.sqlfiles import sql_file
 
@@ -41,7 +42,7 @@ class Imported:
     """What an import did.
 
     Attributes:
-        rows: their numbers.
+        rows: their numbers, and the first that was refused.
         run_ids: the runs that its rows are of.
         assumed: what the readers had to assume because the dumps do not say it; sentences.
     """
@@ -110,8 +111,8 @@ def import_rollouts(
                     progress(num_rows)
         staging.finish()
         for refused in staging.refused():
-            _quarantine(lake, refused)
-            done = replace(done, rows=done.rows + Ingested(refused=refused.num_rows))
+            kept = _quarantine(lake, refused)
+            done = replace(done, rows=done.rows + Ingested(0, 0, kept.num_rows, first_refusal(kept)))
         for part in staging.parts():
             with lake.alone():  # what is true of the lake at the checks must be true at the commit
                 rows, run_ids = _committed(lake, part)
@@ -131,11 +132,15 @@ def num_unscored(lake: Lake, run_ids: Sequence[str]) -> int:
         )
 
 
-def _quarantine(lake: Lake, refused: pa.Table) -> None:
-    def change(writer: Writer) -> None:
-        writer.append({"quarantine": Forgotten.in_turn(writer).cleaned(refused)})
+def _quarantine(lake: Lake, refused: pa.Table) -> pa.Table:
+    """Adds rows to `quarantine`, and returns them as they stand there."""
 
-    lake.changed(change)
+    def change(writer: Writer) -> pa.Table:
+        cleaned = Forgotten.in_turn(writer).cleaned(refused)
+        writer.append({"quarantine": cleaned})
+        return cleaned
+
+    return lake.changed(change)
 
 
 def _committed(lake: Lake, part: pa.Table) -> tuple[Ingested, frozenset[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import dumps
@@ -75,3 +76,20 @@ def test_a_mistake_makes_no_lake(refused, tmp_path, arguments, parts):
     for part in parts:
         assert part in line
     assert not (tmp_path / "lake").exists()
+
+
+def test_the_first_refusal_is_named_however_its_format_names_places(tmp_path, capfd):
+    shutil.copytree(FIXTURES / "echorl" / "step_6", tmp_path / "step_6")
+    path = tmp_path / "step_6" / "samples.json"
+    dump = json.loads(path.read_text())
+    for category in ("correct_rollouts", "wrong_rollouts", "golden_trajectories"):
+        for sample in dump[category]:
+            sample["reward"] = "high"
+    path.write_text(json.dumps(dump))
+    options = ["--tokenizer", str(dumps.MODEL), "--lake", str(tmp_path / "lake")]
+    assert main(["import", "rollouts", str(path), *options]) == 2
+    output, errors = capfd.readouterr()
+    assert "written 0, known 0, refused" in output
+    assert "such as samples.json:correct_rollouts[0]: " in errors
+    assert "None was imported; mend them and import again" in errors
+    assert "others" not in errors

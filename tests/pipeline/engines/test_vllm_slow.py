@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from reference import arith_prompts, check_whole, differences, float64_model, requests_of
+from vllm_engines import opened, preemptions, scaled_model
 
 from pipeline.config import EngineConfig, SamplingConfig, VllmConfig
 from pipeline.engines.vllm import VllmEngine
 from pipeline.models import load_model, model_folder
-from pipeline.records import Group
+from pipeline.records import Group, Prompt
 from pipeline.tokenization import load_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -37,6 +40,33 @@ def test_float32_entropies_of_a_language_model_are_exact_while_prompts_are_read_
     print(f"float32: largest {of_entropies.max():.2e}, of log-probs {of_logprobs.max():.2e} nats")
     assert of_entropies.max() <= 1e-3
     assert of_logprobs.max() <= 1e-3
+
+
+def test_float32_entropies_of_a_language_model_are_exact_when_preempted_and_after_an_exchange_of_weights(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder, sampling = model_folder("smollm2"), SamplingConfig(max_tokens=24)
+    # eight prompts of 116 tokens fill eight of the cache's ten blocks of 128, and soon ask for eight more
+    prompts = [Prompt(({"role": "user", "content": "+".join(["7"] * 42 + [str(i)])},)) for i in (10, 11)]
+    requests = requests_of(prompts, group_size=5)
+    settings = {"max_num_seqs": 8, "max_model_len": 256, "kv_cache_gib": 0.056}
+    other = scaled_model(tmp_path / "model", of=folder)
+    with opened(folder, load_tokenizer(folder), **settings) as engine:
+        preempted = preemptions(engine, monkeypatch)
+        groups = list(engine.generate(requests, sampling))
+        preempted_before = len(preempted)
+        engine.update_weights(other)
+        of_other = list(engine.generate(requests, sampling))
+    assert 0 < preempted_before < len(preempted)
+    for weights, sampled_by in ((folder, groups), (other, of_other)):
+        check_whole(sampled_by, requests, sampling, vocabulary=49_152)
+        of_logprobs, of_entropies = differences(float64_model(weights), sampled_by)
+        print(
+            f"{len(of_entropies)} tokens: largest {of_entropies.max():.2e}, "
+            f"of log-probs {of_logprobs.max():.2e} nats"
+        )
+        assert of_entropies.max() <= 1e-3
+        assert of_logprobs.max() <= 1e-3
 
 
 def test_bfloat16_entropies_of_a_language_model_stay_near() -> None:

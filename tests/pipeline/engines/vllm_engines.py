@@ -31,8 +31,10 @@ def config_of(entropy_kind: str = "full_vocab", dtype: str = "float32", **vllm: 
 
 
 @contextmanager
-def opened(folder: Path = ARITH / "model", **options: Any) -> Iterator[VllmEngine]:
-    engine = VllmEngine(folder, TOKENIZER, config_of(**options))
+def opened(
+    folder: Path = ARITH / "model", tokenizer: Any = TOKENIZER, **options: Any
+) -> Iterator[VllmEngine]:
+    engine = VllmEngine(folder, tokenizer, config_of(**options))
     try:
         yield engine
     finally:
@@ -65,9 +67,9 @@ def agreement(groups: Sequence[Group], others: Sequence[Group]) -> float:
     return float(np.mean([a == b for name in ours for a, b in zip(ours[name], theirs[name], strict=True)]))
 
 
-def scaled_model(folder: Path) -> Path:
-    """The tiny model with other weights, as a trainer would save it."""
-    return _saved(folder, lambda name, parameter: parameter.mul_(1.1))
+def scaled_model(folder: Path, of: Path = ARITH / "model") -> Path:
+    """A model, by default the tiny one, with other weights, as a trainer would save it."""
+    return _saved(folder, lambda name, parameter: parameter.mul_(1.1), of)
 
 
 def nan_model(folder: Path) -> Path:
@@ -93,8 +95,8 @@ def incomplete_model(folder: Path) -> Path:
     return folder
 
 
-def _saved(folder: Path, change: Callable[[str, torch.Tensor], object]) -> Path:
-    model = load_model(ARITH / "model", "cpu", "float32")
+def _saved(folder: Path, change: Callable[[str, torch.Tensor], object], of: Path = ARITH / "model") -> Path:
+    model = load_model(of, "cpu", "float32")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             change(name, parameter)
