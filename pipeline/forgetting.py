@@ -80,15 +80,15 @@ def find(lake: Lake, names: list[str]) -> Forgetting:
         PromptError: a name that is neither a file nor a prompt id, or a file that cannot be read.
     """
     found = Forgetting()
-    for name in names:
-        _add_named(found, name)
     with lake.reader() as reader:
+        for name in names:
+            _add_named(reader, found, name)
         _materialize(reader, found)
         _add_lake(reader, found)
     return found
 
 
-def _add_named(found: Forgetting, name: str) -> None:
+def _add_named(reader: Reader, found: Forgetting, name: str) -> None:
     path = Path(name)
     if path.suffix.lower() in (".jsonl", ".parquet"):
         for prompt in read_prompts(name):
@@ -97,18 +97,27 @@ def _add_named(found: Forgetting, name: str) -> None:
             found.messages.add(json.dumps(prompt.messages))
         return
     try:
-        ids = path.read_text(encoding="utf-8").split() if path.is_file() else [name]
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else [name]
     except (OSError, UnicodeDecodeError) as error:
         raise PromptError(f"Cannot read {path}: {error}. Check --prompt.") from error
+    ids = [line.strip() for line in lines if line.strip()]
     for prompt_id in ids:
-        if not _ID.fullmatch(prompt_id):
+        if not _ID.fullmatch(prompt_id) and not _knows(reader, prompt_id):
             raise PromptError(
-                f"{prompt_id!r:.60} is neither a prompt id (32 hexadecimal digits) nor a file. "
+                f"{prompt_id!r:.60} is neither a prompt id (32 hexadecimal digits, or one of the lake's) nor "
+                "a file. "
                 'See `echomine sql "select prompt_id, messages from prompts"`.'
             )
         found.fingerprints.add(("prompt", prompt_id, prompt_id))
     if not ids:
         raise PromptError(f"{path} names no prompt. Check --prompt.")
+
+
+def _knows(reader: Reader, prompt_id: str) -> bool:
+    """Whether the lake has, or had, a prompt of that id: a dump may bring ids of its own."""
+    tables = ("rollouts", "prompts", "forgotten_prompts")
+    exists = " or ".join(f"exists (select 1 from {table} where prompt_id = $id)" for table in tables)
+    return bool(reader.rows(f"select {exists} as is_known", {"id": prompt_id})[0]["is_known"])
 
 
 def _materialize(reader: Reader, found: Forgetting) -> None:

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from pipeline.errors import FormatError, LakeError
 from pipeline.formats.fields import content_text
-from pipeline.hashing import content_id, ids_array
+from pipeline.hashing import DIGEST_CHARS, content_id, ids_array
 from pipeline.lake import Lake
 from pipeline.lake_reader import Reader
 from pipeline.lake_writer import Writer
@@ -148,10 +148,13 @@ def _fingerprints(row: Any) -> Iterator[str]:
     while left:
         value = left.pop()
         if isinstance(value, str):
-            yield value  # a prompt_id
+            if len(value) == DIGEST_CHARS:
+                yield value  # a prompt_id of ours, under whatever name
             yield messages_fingerprint([{"role": "user", "content": value}])
             left += _parsed(value)
         elif isinstance(value, dict):
+            if isinstance(value.get("prompt_id"), str):
+                yield value["prompt_id"]  # a dump's own, of any form
             left += value.values()
         elif _are_ids(value):
             yield tokens_fingerprint(value)

@@ -23,6 +23,7 @@ from pipeline.verified import note_written
 
 # Fewer rows are kept in the catalog itself (DuckLake's data inlining) instead of a tiny file each.
 INLINED_ROWS = 1000
+INLINED_BYTES = 1 << 18  # more would swell the catalog: refused rows are kept whole
 # What a mining reads or writes is in data files however small: their hashes and snapshots name the mining.
 ALWAYS_FILES = ("rollouts", "echo_clips", "verdicts")
 
@@ -93,10 +94,13 @@ class Writer:
 
     def add(self, name: str, rows: pa.Table) -> None:
         """Appends rows to a table, where they belong."""
-        if rows.num_rows > INLINED_ROWS or (name in ALWAYS_FILES and rows.num_rows):
-            self.add_file(name, rows)
-        elif rows.num_rows:
+        if not rows.num_rows:
+            return
+        few = rows.num_rows <= INLINED_ROWS and rows.nbytes <= INLINED_BYTES
+        if few and name not in ALWAYS_FILES:
             self._insert(name, rows)
+        else:
+            self.add_file(name, rows)
 
     def add_file(self, name: str, rows: pa.Table) -> None:
         """Appends rows to a table as a data file, whose hash `files` records."""

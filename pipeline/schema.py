@@ -67,7 +67,7 @@ PROMPTS = pa.schema(
 QUARANTINE = pa.schema(
     [
         ("reason", pa.string()),
-        ("source", pa.string()),  # the run, or the file and line
+        ("source", pa.string()),  # the run, or the whole path of the file and the line
         ("run_id", pa.string()),
         ("group_id", pa.string()),
         ("sample_index", pa.int32()),
@@ -193,7 +193,7 @@ TABLES: dict[str, pa.Schema] = {
 KEYS: dict[str, tuple[str, ...]] = {
     "rollouts": ("rollout_id",),
     "prompts": ("prompt_id",),
-    "quarantine": ("group_id", "sample_index", "reason", "row"),
+    "quarantine": ("source", "group_id", "sample_index", "reason", "row"),
     "mining_runs": ("mining_id",),
     "echo_clips": ("mining_id", "clip_id"),
     "shards": ("path", "sha256"),

@@ -112,6 +112,11 @@ def _mining(reader: Reader, mining_id: str | None) -> dict[str, Any]:
         raise MiningError(
             f'The lake in {folder} has no mining {mining_id}. See `echomine sql "from mining_runs"`.'
         )
+    if mining_id and len(chosen) > 1:
+        raise MiningError(
+            f"{len(chosen)} minings of the lake in {folder} begin with {mining_id}. Give more digits "
+            '(see `echomine sql "select mining_id from mining_runs"`).'
+        )
     return chosen[0]
 
 

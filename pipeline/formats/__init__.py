@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from pipeline.errors import FormatError, nearest
+from pipeline.formats.source_rows import check_file
 
 if TYPE_CHECKING:
     from pipeline.formats.source_rows import Format
@@ -48,8 +49,7 @@ def format_of(path: Path) -> Format:
     Raises:
         FormatError: there is no such file, or none or several recognize it.
     """
-    if not path.exists():
-        raise FormatError(f"There is no file {path}. Check the path.")
+    check_file(path)
     found = [kind for kind in map(named, NAMES) if kind.recognizes(path)]
     if len(found) == 1:
         return found[0]

@@ -70,6 +70,12 @@ class ColumnarFormat(Protocol):
 
 
 def check_file(path: Path) -> None:
-    """Raises FormatError if there is no such file."""
+    """Raises FormatError if there is no such file, or none whose name Arrow and the lake can hold."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise FormatError(f"The name of {str(path)!r} is no valid UTF-8. Rename it.") from None
+    if path.is_dir():
+        raise FormatError(f"{path} is a folder. Give the files in it, such as {path}/*.jsonl.")
     if not path.is_file():
         raise FormatError(f"There is no file {path}. Check the path.")

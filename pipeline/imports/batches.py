@@ -65,15 +65,18 @@ def batches(kind: Format, path: Path, file: int, first: int, context: ImportCont
     Raises:
         FormatError: the file is cut off, or of another kind.
     """
+    # dumps of several steps or trainings are often of one name
+    whole = str(path.absolute())
     tables = kind.tables(path) if isinstance(kind, ColumnarFormat) else None
     if tables is None:
-        for rows in _bounded(kind.read(path)):
+        named = (replace(row, source=whole + row.source.removeprefix(path.name)) for row in kind.read(path))
+        for rows in _bounded(named):
             yield _batch_of_rows(rows, context, file, first)
             first += len(rows)
         return
     start = first
     for table, problems in tables:
-        sources = [f"{path.name}:{first - start + row + 1}" for row in range(table.num_rows)]
+        sources = [f"{whole}:{first - start + row + 1}" for row in range(table.num_rows)]
         yield _batch_of_table(table, problems, sources, context, file, first)
         first += table.num_rows
 

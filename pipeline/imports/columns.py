@@ -140,8 +140,9 @@ def _prompts(columns: Columns, context: ImportContext, sure: Mask) -> list[dict[
     for row in np.flatnonzero(sure).tolist():
         words = {name: values[row] for name, values in columns.words.items() if values[row] is not None}
         try:
-            prompt = context.prompt(words)
-            if lists is not None and lists.valid[row]:
+            has_ids = lists is not None and bool(lists.valid[row])
+            prompt = context.prompt(words, has_ids=has_ids)
+            if lists is not None and has_ids:
                 made, own = None, lists.row(row)
             else:
                 made = context.prompt_ids(words, prompt)

@@ -29,8 +29,12 @@ class ImportContext:
         self._messages_ids = lru_cache(maxsize=1024)(self._tokenized_messages)
         self._text_ids = lru_cache(maxsize=1024)(self._tokenized_text)
 
-    def prompt(self, values: Mapping[str, Any]) -> Prompt | None:
+    def prompt(self, values: Mapping[str, Any], *, has_ids: bool) -> Prompt | None:
         """The prompt of a row that says it in words; None if it is known by its tokens only.
+
+        Args:
+            has_ids: the row has `prompt_ids`. Its messages may then be the whole conversation, which ends
+                with the completion: that is no part of the prompt.
 
         Raises:
             FormatError: its messages are none.
@@ -47,6 +51,10 @@ class ImportContext:
         )  # fmt: skip
         if not plain or not messages:
             raise FormatError("`messages` is no list of messages with a text `role` and `content`")
+        if has_ids and messages[-1].get("role") == "assistant":
+            messages = messages[:-1]
+            if not messages:
+                return None
         spoken = tuple({"role": m.get("role") or "user", "content": m["content"]} for m in messages)
         source = _optional_text(values.get("data_source")) or ""
         prompt = Prompt(spoken, _optional_text(values.get("ground_truth")), source)

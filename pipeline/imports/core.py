@@ -18,7 +18,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import formats, schema
-from pipeline.errors import FormatError
 from pipeline.forgotten import Forgotten
 from pipeline.formats.source_rows import Format, check_file
 from pipeline.hashing import content_id, file_sha256
@@ -58,6 +57,8 @@ def with_formats(files: Sequence[Path], name: str | None = None) -> list[tuple[P
     Raises:
         FormatError: a file is missing, or its format is not clear.
     """
+    for path in files:
+        check_file(path)
     return [(path, formats.named(name) if name else formats.format_of(path)) for path in files]
 
 
@@ -68,8 +69,7 @@ def check_dumps(dumps: Sequence[tuple[Path, Format]]) -> None:
         FormatError: a file is missing, of another kind, or lacks what its format requires.
     """
     for path, kind in dumps:
-        if not path.exists():
-            raise FormatError(f"There is no file {path}. Check the path.")
+        check_file(path)
         next(kind.read(path), None)
 
 

@@ -69,7 +69,7 @@ def completed_row(values: Mapping[str, Any], context: ImportContext) -> dict[str
             raise FormatError("the completion is no valid Unicode")
         given["completion_ids"] = context.tokenized([given["completion"]])[0]
     completion_ids = context.checked_ids(given.get("completion_ids"), "completion_ids")
-    prompt = context.prompt(values)
+    prompt = context.prompt(values, has_ids=values.get("prompt_ids") is not None)
     prompt_ids = context.prompt_ids(values, prompt)
     finish_reason, origin = given.get("finish_reason", "stop"), given.get("origin", "policy")
     if finish_reason not in FINISH_REASONS or origin not in ORIGINS:

@@ -90,6 +90,6 @@ def test_the_first_refusal_is_named_however_its_format_names_places(tmp_path, ca
     assert main(["import", "rollouts", str(path), *options]) == 2
     output, errors = capfd.readouterr()
     assert "written 0, known 0, refused" in output
-    assert "such as samples.json:correct_rollouts[0]: " in errors
+    assert f"such as {path}:correct_rollouts[0]: " in errors
     assert "None was imported; mend them and import again" in errors
     assert "others" not in errors

@@ -204,6 +204,21 @@ def test_what_is_neither_an_id_nor_a_file_is_refused(builder: LakeBuilder, name:
         find(builder.lake, [name])
 
 
+def test_a_dumps_own_id_of_a_prompt_names_it(builder: LakeBuilder) -> None:
+    lake = builder.lake
+    rows = [row | {"prompt_id": "7", "run_id": "other"} for row in builder.rows[-2:]]
+    other = [
+        row | {"group_id": "own", "rollout_id": f"own-{n}", "prompt_ids": [1, 2, 3]}
+        for n, row in enumerate(rows)
+    ]
+    lake.commit({"rollouts": rollout_table(other)})
+    assert forget(lake, ["7"]).rows["rollouts"] == 2
+    assert forget(lake, ["7"]).rows["rollouts"] == 0, "it is known still"
+    forgotten = Forgotten.of(lake)
+    assert forgotten.holds({"prompt_id": "7"})
+    assert not forgotten.holds({"completion": "7"}), "a short id is no text"
+
+
 TOKENIZER = character_tokenizer()
 FORMS = [SHARDS, luffy(TOKENIZER), sft(TOKENIZER), prime_rl(0.1), trl(TOKENIZER), hf(TOKENIZER)]
 

@@ -201,6 +201,29 @@ def test_half_a_character_in_a_readers_text_costs_its_row_only(lake: Lake) -> No
     assert sizes == [{"sample_index": 0, "group_size": 4, "completion": "2"}]
 
 
+def test_each_place_of_a_bad_line_is_kept_once_also_in_files_of_one_name(lake: Lake, tmp_path: Path) -> None:
+    paths = [tmp_path / step / "dump.jsonl" for step in ("step_1", "step_2")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text(json.dumps({"group_id": "a", "sample_index": 0, "prompt": "1?"}) + "\n" + "{\n" * 2)
+    for _ in range(2):
+        done = import_rollouts(lake, with_formats(paths, "canonical"), TOKENIZER)
+        assert done.rows == Ingested(refused=6)
+    with lake.reader() as reader:
+        places = [row["source"] for row in reader.rows("select source from quarantine order by source")]
+    assert places == [f"{path}:{line}" for path in paths for line in (1, 2, 3)]
+
+
+def test_a_folder_and_a_name_that_is_no_unicode_are_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=r"is a folder\. Give the files in it, such as .*/\*\.jsonl"):
+        with_formats([tmp_path], "verl")
+    for name in (None, "canonical"):
+        path = tmp_path / "dump-\udcff.parquet"
+        path.write_bytes(b"PAR1")
+        with pytest.raises(FormatError, match=r"'.*dump-\\udcff\.parquet' is no valid UTF-8\. Rename it"):
+            with_formats([path], name)
+
+
 def test_rollouts_without_entropies_are_counted_by_run(lake: Lake, tmp_path: Path) -> None:
     path = tmp_path / "dump.jsonl"
     row = {"group_id": "a", "prompt": "1", "completion_ids": [50], "completion_entropies": None, "reward": 1}

@@ -333,6 +333,15 @@ def test_a_writer_killed_before_its_commit_leaves_only_an_orphan(lake: Lake) -> 
     assert groups_in(lake) == ["a", "lost"]
 
 
+def test_large_rows_are_in_a_data_file_and_not_in_the_catalog(lake: Lake) -> None:
+    small, large = (Refused("no", f"dump:{n}", {"line": "x" * n}) for n in (1_000, 1_000_000))
+    assert lake.commit({"quarantine": quarantine_table([small])}) == {"quarantine": 1}
+    assert not list(lake.folder.glob("files/main/quarantine/*"))
+    assert lake.commit({"quarantine": quarantine_table([large])}) == {"quarantine": 1}
+    assert len(list(lake.folder.glob("files/main/quarantine/*"))) == 1
+    assert lake.commit({"quarantine": quarantine_table([small, large])}) == {"quarantine": 0}
+
+
 @pytest.mark.parametrize("text", ["it's", "a\x00b", "</script>\x00'; --"])
 def test_quarantine_takes_any_text(lake: Lake, text: str) -> None:
     refused = quarantine_table([Refused(text, "dump.jsonl:1", {"run_id": text, "group_id": text})])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -221,6 +222,20 @@ def test_what_was_never_mined_or_never_existed_is_not_exported(mined: SampleLake
     with pytest.raises(MiningError, match="has no mining zzz"):
         export_clips(mined.lake, tmp_path / "shards", SHARDS, ExportConfig(), "zzz")
     assert not (tmp_path / "shards").exists()
+
+
+def test_the_first_digits_name_a_mining_unless_others_begin_so_too(tmp_path: Path) -> None:
+    builder = LakeBuilder(tmp_path / "lake")
+    builder.add_group(["1\n#42", "20\n30\n#42"], [1.0, 1.0])
+    lake = builder.commit()
+    whole = [mine(lake, MiningConfig(clips_per_group=n)).mining_id for n in range(1, 18)]
+    first = Counter(name[0] for name in whole).most_common(1)[0][0]
+    with pytest.raises(
+        MiningError, match=rf"minings of the lake in .* begin with {first}\. Give more digits"
+    ):
+        export_clips(lake, tmp_path / "shards", SHARDS, ExportConfig(), first)
+    assert export_clips(lake, tmp_path / "shards", SHARDS, ExportConfig(), whole[0][:12])
+    assert export_clips(lake, tmp_path / "others", SHARDS, ExportConfig(), whole[0])
 
 
 def test_clips_of_several_tokenizers_do_not_share_a_shard(mined: SampleLake, tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def test_every_bad_row_is_quarantined_with_file_and_line_and_the_rest_proceeds(l
     reasons = {row["source"]: row["reason"] for row in rows_of(lake, "select source, reason from quarantine")}
     assert len(reasons) == len(BAD_ROWS)
     for number, (_, reason) in enumerate(BAD_ROWS, start=2):
-        assert reason in reasons[f"dump.jsonl:{number}"]
+        assert reason in reasons[f"{path}:{number}"]
     assert mine(lake, MiningConfig()).groups == {"incomplete": 2}
 
 
@@ -171,9 +171,26 @@ def test_a_column_that_math_sets_call_problem_is_the_users_own(lake, tmp_path, w
     rows = [dumped("b", 0, problem="2+2?"), dumped("b", None, problem="2+2?"), dumped("b", 2)]
     assert taken(lake, write(tmp_path / f"gap.{suffix}", rows)) == Ingested(written=2, refused=1)
     (refused,) = rows_of(lake, 'select source, reason, "row" from quarantine')
-    assert refused["source"] == f"gap.{suffix}:2"
+    assert refused["source"] == str(tmp_path / f"gap.{suffix}:2")
     assert refused["reason"] == "group_id must be text and sample_index a whole number from 0"
     assert json.loads(refused["row"])["problem"] == "2+2?"
+
+
+@pytest.mark.parametrize(("write", "suffix"), WRITERS)
+def test_messages_beside_the_prompts_tokens_may_be_the_whole_conversation(
+    lake, tmp_path, write, suffix
+) -> None:
+    question = {"role": "user", "content": "1+1"}
+    rows = [
+        dumped("a", index, completion, messages=[question, {"role": "assistant", "content": completion}])
+        for index, completion in enumerate(["#2", "1+1=2\n#2"])
+    ]
+    assert taken(lake, write(tmp_path / f"dump.{suffix}", rows)) == Ingested(written=2)
+    prompts = rows_of(lake, "select prompt_id, messages from prompts")
+    assert [json.loads(prompt["messages"]) for prompt in prompts] == [[question]]
+    assert rows_of(lake, "select distinct prompt_id from rollouts") == [
+        {"prompt_id": prompts[0]["prompt_id"]}
+    ]
 
 
 def test_two_columns_of_one_name_are_refused_in_one_line(lake: Lake, tmp_path: Path) -> None:

@@ -73,7 +73,10 @@ def test_a_rollout_that_no_reward_function_judged_is_refused_and_several_message
     with lake.reader() as reader:
         refused = reader.rows("select source, reason from quarantine order by source")
         sizes = reader.rows("select distinct group_size from rollouts")
-    assert [row["source"] for row in refused] == ["talk.parquet:2", "unjudged.parquet:1"]
+    assert [row["source"] for row in refused] == [
+        f"{tmp_path}/talk.parquet:2",
+        f"{tmp_path}/unjudged.parquet:1",
+    ]
     assert "more than one message" in refused[0]["reason"]
     assert refused[1]["reason"] == "the reward is missing"
     assert sizes == [{"group_size": 2}]

@@ -72,7 +72,7 @@ def test_a_v1_dump_is_grouped_by_its_uid_and_only_the_last_output_of_a_session_c
     ]
     with lake.reader() as reader:
         (refused,) = reader.rows("select source, reason from quarantine")
-    assert refused["source"] == "8.jsonl:4"
+    assert refused["source"] == f"{V1}:4"
     assert refused["reason"].startswith("an earlier output of its session")
 
 
