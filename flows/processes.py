@@ -27,9 +27,10 @@ def check_devices(num_processes: int, device: str) -> None:
 
     from pipeline.models import is_on_cuda
 
-    by_torchrun = "LOCAL_WORLD_SIZE" in os.environ
+    by_torchrun = {"WORLD_SIZE", "LOCAL_WORLD_SIZE"} <= os.environ.keys()  # vLLM leaves the second behind
     option = "--nproc-per-node" if by_torchrun else "--nproc"
-    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
+    if by_torchrun:
+        num_processes = int(os.environ["LOCAL_WORLD_SIZE"])
     on_cuda = is_on_cuda(device)
     there = torch.cuda.device_count() if on_cuda else len(os.sched_getaffinity(0))
     if num_processes > there:
@@ -83,6 +84,7 @@ def _process(rank: int, num_processes: int, port: int, arguments: list[str]) -> 
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(num_processes),
+        "LOCAL_WORLD_SIZE": str(num_processes),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }

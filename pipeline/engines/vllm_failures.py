@@ -59,11 +59,16 @@ def reason_in_log(log_path: Path, error: BaseException) -> str:
     """The last error in the log that is no mere echo of another; if it is memory, the setting to change.
 
     Args:
-        error: what is told where the log holds none.
+        error: what is told where the log holds none, or cannot be read.
     """
-    with log_path.open("rb") as file:
-        file.seek(max(0, log_path.stat().st_size - LOG_TAIL_BYTES))
-        text = file.read().decode("utf-8", "replace")
+    try:
+        with log_path.open("rb") as file:
+            file.seek(max(0, log_path.stat().st_size - LOG_TAIL_BYTES))
+            text = file.read().decode("utf-8", "replace")
+    except OSError as unread:  # folders of temporary files are swept
+        return (
+            f"{_sentence(str(error) or repr(error))} Its log {log_path} is not to be read: {unread.strerror}."
+        )
     found = _RAISED.findall(text)
     causes = [line for line in found if "See root cause" not in line and "EngineCore" not in line]
     cause = _sentence(causes[-1] if causes else str(error) or repr(error))

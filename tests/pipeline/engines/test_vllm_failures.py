@@ -69,3 +69,6 @@ def test_what_is_no_memory_is_told_as_it_is_and_a_silent_end_as_an_end(tmp_path:
     log.write_text("")
     assert reason(EngineDead(log)) == f"vLLM's process ended. Its log is {log}."
     assert reason(KeyError("x")) == "'x'."
+    log.unlink()
+    gone = f"vLLM's process ended. Its log {log} is not to be read: No such file or directory."
+    assert reason(EngineDead(log)) == gone

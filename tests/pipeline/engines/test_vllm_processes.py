@@ -149,7 +149,7 @@ def test_an_engine_that_dies_too_often_is_one_line_and_the_next_call_starts_it_a
     check_whole([*groups, *apart.generate(left, sampling)], requests, sampling)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def short_path() -> Iterator[Path]:
     """Sockets of vLLM's lie in the folder for temporary files, and the name of one has 107 characters."""
     with tempfile.TemporaryDirectory() as folder:
