@@ -18,7 +18,7 @@ _WARM = ["flows.cli", "pipeline.lake", "pipeline.mine", "pipeline.shards", "pipe
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(_WARM)
 
-SECONDS = 240  # a command that takes longer hangs
+SECONDS = 600  # a command that takes longer hangs
 
 
 def command(arguments: Sequence[str], log: Path, prefect_url: str | None) -> None:

@@ -16,6 +16,7 @@ from vllm_server import free_port
 pytestmark = pytest.mark.slow
 
 PROJECT = Path(__file__).parents[2]
+SECONDS = 600  # what takes longer hangs
 
 
 @pytest.fixture
@@ -39,8 +40,8 @@ def kill(process):
     process.wait()
 
 
-def wait_until(condition, seconds, process, log):
-    deadline = time.monotonic() + seconds
+def wait_until(condition, process, log):
+    deadline = time.monotonic() + SECONDS
     while not condition():
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
@@ -62,12 +63,12 @@ def test_a_night_killed_again_and_again_ends_as_one_that_was_left_alone(
     subprocess.run([*generate, str(calm)], env=environment, check=True, cwd=PROJECT)
     log = tmp_path / "log-sampling"
     with running([*generate, str(stormy)], environment, stderr=log.open("w")) as process:
-        wait_until(lambda: num_groups(stormy) >= 9, 120, process, log)  # killed wherever it stands then
+        wait_until(lambda: num_groups(stormy) >= 9, process, log)  # killed wherever it stands then
     nightly = [ECHOMINE, "nightly", "--config", str(config), "--lake", str(stormy)]
     log = tmp_path / "log-training"
     with running(nightly, environment, stderr=log.open("w")) as process:
         trained = "select count(*) as n from rollouts where origin = 'trainer'"
-        wait_until(lambda: rows(stormy, trained)[0]["n"] > 0, 240, process, log)
+        wait_until(lambda: rows(stormy, trained)[0]["n"] > 0, process, log)
     done = subprocess.run(nightly, env=environment, cwd=PROJECT, capture_output=True, text=True)
     assert done.returncode in (0, 3), done.stderr
     sampled = "select rollout_id from rollouts where origin = 'policy' order by rollout_id"
@@ -88,12 +89,12 @@ def test_a_second_night_waits_for_the_first(tmp_path, environment, config, prefe
     nightly = [ECHOMINE, "nightly", "--config", str(config), "--lake", str(lake)]
     log = tmp_path / "first"
     with running(nightly, environment, stderr=log.open("w"), stdout=subprocess.DEVNULL) as first:
-        wait_until(lambda: (lake / "nightly.lock").exists(), 120, first, log)
+        wait_until(lambda: (lake / "nightly.lock").exists(), first, log)
         second = subprocess.run(nightly, env=environment, cwd=PROJECT, capture_output=True, text=True)
         assert "Another night is running" in second.stderr
         assert "Nothing was generated" in second.stdout
         assert second.returncode in (0, 3)
-        assert first.wait(timeout=60) in (0, 3)
+        assert first.wait(timeout=SECONDS) in (0, 3)
     assert len(rows(lake, "from mining_runs")) == 1
 
 
@@ -102,7 +103,7 @@ def test_a_scheduled_night_fires(tmp_path, environment, config):
     lake, log = tmp_path / "lake", tmp_path / "log"
     arguments = [ECHOMINE, "nightly", "--config", str(config), "--lake", str(lake), "--serve"]
     with running([*arguments, "--cron", "* * * * *"], environment, stderr=log.open("w")) as process:
-        wait_until(lambda: list(lake.glob("runs/*/report.html")), 240, process, log)
+        wait_until(lambda: list(lake.glob("runs/*/report.html")), process, log)
         api = environment["PREFECT_API_URL"]
         runs = httpx.post(f"{api}/flow_runs/filter", json={}).json()
         assert any(run["auto_scheduled"] and run["name"] == "nightly 2026-05-31 arith" for run in runs)

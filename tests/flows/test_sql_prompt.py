@@ -54,7 +54,7 @@ class Terminal:
 
     def until(self, text: str) -> str:
         """What is shown up to and with `text`, from where the last call ended; no colours, no movements."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while text not in (shown := _ESCAPES.sub("", self._raw.decode(errors="replace"))[self._read :]):
             assert time.monotonic() < deadline, f"no {text!r} in {shown!r}"
             if select.select([self._master], [], [], 0.2)[0]:

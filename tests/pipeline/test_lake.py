@@ -52,7 +52,7 @@ def start(*arguments: object) -> subprocess.Popen[str]:
 
 def finished(processes: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str]]:
     """Exit code and what was said of each."""
-    said = [process.communicate(timeout=240) for process in processes]
+    said = [process.communicate(timeout=600) for process in processes]
     return [(p.returncode, "".join(text)) for p, text in zip(processes, said, strict=True)]
 
 

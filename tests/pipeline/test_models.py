@@ -38,7 +38,7 @@ def test_a_model_that_memory_cannot_hold_names_the_setting_to_lower(tmp_path: Pa
     sizes = {"hidden_size": 64, "intermediate_size": 2**17, "num_hidden_layers": 1, "num_attention_heads": 1}
     LlamaForCausalLM(LlamaConfig(vocab_size=100, **sizes)).save_pretrained(tmp_path)  # 100 MB
     done = subprocess.run(
-        [sys.executable, "-c", SHORT_OF_MEMORY, tmp_path], capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", SHORT_OF_MEMORY, tmp_path], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     unmapped, halfway, halved = json.loads(done.stdout)

@@ -72,7 +72,7 @@ class Processes:
     """`torch.distributed` between threads, of which each is a data-parallel process."""
 
     def __init__(self, number):
-        self.number, self.barrier, self.values = number, Barrier(number, timeout=120), {}
+        self.number, self.barrier, self.values = number, Barrier(number, timeout=600), {}
 
     def gathered(self, rank, value):
         self.barrier.wait()  # all have read the last values

@@ -315,6 +315,6 @@ def test_a_worker_and_the_core_above_it_end_with_the_process_that_owns_them(tmp_
     assert worker.is_running()
     owner.send_signal(signal.SIGKILL)
     owner.wait()
-    assert core.wait(timeout=60) == -signal.SIGKILL
-    worker.wait(timeout=60)  # psutil waits for processes that are no children of ours, too
+    assert core.wait(timeout=600) == -signal.SIGKILL
+    worker.wait(timeout=600)  # psutil waits for processes that are no children of ours, too
     assert not worker.is_running()

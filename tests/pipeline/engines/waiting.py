@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-PATIENCE_SECONDS = 120  # on a busy machine
+PATIENCE_SECONDS = 600  # on a busy machine
 
 
 def wait_until(true: Callable[[], bool]) -> None:
