@@ -7,11 +7,14 @@ import sys
 
 import pytest
 
-# Four tensors of 4 MiB live and die together, as those of a layer do.
+# Four tensors of 4 MiB live and die together, as those of a layer do. Huge pages, which some machines hand
+# out unasked, would hide what a page costs.
 LAYERS = """
-import resource, sys, torch
+import ctypes, resource, sys, torch
 from pipeline.allocator import keep_freed_memory
 
+PR_SET_THP_DISABLE = 41
+assert ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0) == 0
 if sys.argv[1] == "kept":
     keep_freed_memory()
 

@@ -154,19 +154,34 @@ def test_a_model_that_gives_no_numbers_is_named_and_nothing_of_it_is_kept(put, s
     assert scoring.num_waiting(lake, policy) == 6
 
 
+LARGE = 33 * 2**20  # bytes: glibc never grows its heap for as much
+
+
+def address_space() -> int:
+    """Bytes of this process's address space."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    return pages * os.sysconf("SC_PAGESIZE")
+
+
 def limit_memory(model, spare_bytes: int):
     """From here on a forward pass has only so much memory beside what the process already has."""
     held = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
     assert can_pack(model)  # tried while there is room: oneDNN never recovers if its first product has none
+    filler: list[torch.Tensor] = []
 
     def limit(*_: object) -> None:
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        resource.setrlimit(resource.RLIMIT_AS, (pages * os.sysconf("SC_PAGESIZE") + spare_bytes, held[1]))
+        # What the process has freed and kept is memory beside the limit: fill it until the kernel is asked.
+        before = address_space()
+        while address_space() == before:
+            filler.append(torch.empty(LARGE, dtype=torch.uint8))
+        resource.setrlimit(resource.RLIMIT_AS, (address_space() + spare_bytes, held[1]))
+
+    def lift(*_: object) -> None:
+        resource.setrlimit(resource.RLIMIT_AS, held)
+        filler.clear()
 
     model.get_decoder().register_forward_pre_hook(limit)
-    model.get_decoder().register_forward_hook(
-        lambda *_: resource.setrlimit(resource.RLIMIT_AS, held), always_call=True
-    )
+    model.get_decoder().register_forward_hook(lift, always_call=True)
 
 
 def test_passes_that_memory_cannot_hold_are_halved_until_it_can(put, sampled, policy, hungry):
