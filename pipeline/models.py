@@ -9,11 +9,9 @@ import uuid
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
 
 from pipeline.allocator import keep_freed_memory
 from pipeline.errors import ModelError, nearest, said
@@ -21,8 +19,10 @@ from pipeline.hashing import content_id, file_sha256
 from pipeline.records import Policy
 from pipeline.tokenization import load_tokenizer, tokenizer_hash
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 PROJECT = Path(__file__).resolve().parent.parent
-disable_progress_bar()  # type: ignore[no-untyped-call]  # a bar for each weight file would break into ours
 
 MARKER = "echomine.json"  # beside a checkpoint's weights: its policy version
 
@@ -66,8 +66,9 @@ def load_model(folder: Path, device: str = "auto", dtype: str = "auto") -> PreTr
         raise ModelError(f"There is no CUDA device for `engine.device = {device}`. Set it to auto or cpu.")
     kind = torch.bfloat16 if dtype == "bfloat16" or (dtype == "auto" and on_cuda) else torch.float32
     target = "cpu" if not on_cuda else ("cuda" if device == "auto" else device)
+    transformers = _transformers()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel = transformers.AutoModelForCausalLM.from_pretrained(
             str(folder), dtype=kind, local_files_only=True, trust_remote_code=False, use_safetensors=True
         )
         torch.nn.Module.to(model, target)  # the subclass's own `to` is wrapped beyond what mypy can follow
@@ -81,6 +82,15 @@ def load_model(folder: Path, device: str = "auto", dtype: str = "auto") -> PreTr
     if not on_cuda:
         keep_freed_memory()
     return model
+
+
+def _transformers() -> Any:
+    """The library, imported where a model is loaded: it takes seconds."""
+    import transformers
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # a bar for each weight file would break into ours
+    return transformers
 
 
 def is_on_cuda(device: str) -> bool:
@@ -183,8 +193,8 @@ def _smollm2() -> Path:
     sources = sorted(package.glob("**/*.gguf"))
     if not sources:
         raise ModelError(f"{package} holds no GGUF file. Run `make smollm2` to install it anew.")
-    source = sources[0]
-    model = AutoModelForCausalLM.from_pretrained(
+    source, transformers = sources[0], _transformers()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
         str(source.parent), gguf_file=source.name, dtype=torch.float32, local_files_only=True
     )
     # The weights are plain float32 now. transformers still takes the model for a quantized one and would not
@@ -192,9 +202,9 @@ def _smollm2() -> Path:
     config = model.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+    plain = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     plain.load_state_dict(model.state_dict())
-    tokenizer = AutoTokenizer.from_pretrained(
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
         str(source.parent), gguf_file=source.name, local_files_only=True
     )
     building = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")

@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedTokenizerFast
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config import NightlyConfig
 from pipeline.hashing import content_id
@@ -27,6 +25,9 @@ from pipeline.rollouts import Sampled, rollout_rows
 from pipeline.run_notes import noted_runs, read_notes, write_notes
 from pipeline.staging import is_judged, stage, staged
 from pipeline.tokenization import completion_text, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True)

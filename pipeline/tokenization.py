@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers.decoders import DecodeStream
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pipeline.errors import ModelError, said
 from pipeline.hashing import content_id
 from pipeline.steps import DELIMITER, step_ends
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -29,6 +31,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         raise ModelError(
             f"{folder} holds no tokenizer (no tokenizer.json). Copy the model's tokenizer files into it."
         )
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # takes seconds, which most need not wait
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for files that are damaged

@@ -96,11 +96,14 @@ def test_weights_are_exchanged_across_processes(apart: VllmEngine, tmp_path: Pat
 
 def engine_processes() -> list[psutil.Process]:
     """Those that run; one that was killed stays a while as a zombie."""
-    return [
-        process
-        for process in psutil.Process().children(recursive=True)
-        if process.name().startswith("VLLM") and process.status() != psutil.STATUS_ZOMBIE
-    ]
+
+    def runs(process: psutil.Process) -> bool:
+        try:
+            return process.name().startswith("VLLM") and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:  # it ended since the list was made
+            return False
+
+    return [process for process in psutil.Process().children(recursive=True) if runs(process)]
 
 
 def kill(processes: list[psutil.Process]) -> None:
@@ -199,43 +202,49 @@ def test_why_an_engine_does_not_start_again_is_what_the_caller_hears(
     assert apart._cores[0].num_tapped() == 0
 
 
+@pytest.fixture(scope="module")
+def pair() -> Iterator[VllmEngine]:
+    with opened(in_process=False, data_parallel=2, max_num_seqs=4, max_restarts=0) as engine:
+        yield engine
+
+
 def test_two_engines_share_the_groups_and_one_that_fails_for_good_leaves_its_own_to_the_other(
+    pair: VllmEngine,
     exact: PreTrainedModel,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     sampling, requests = SamplingConfig(max_tokens=48), requests_of(arith_prompts(32), group_size=4)
-    with opened(in_process=False, data_parallel=2, max_num_seqs=4, max_restarts=0) as engine:
-        first, second = engine._cores
-        groups = sampled(engine, requests, sampling)
-        shares = [next(core._names) for core in engine._cores]
-        (core,) = second._engine.engine_core.resources.engine_manager.processes
-        processes = [psutil.Process(core.pid), *psutil.Process(core.pid).children(recursive=True)]
-        for process in processes:
-            process.suspend()
+    first, second = pair._cores
+    groups = sampled(pair, requests, sampling)
+    shares = [next(core._names) for core in pair._cores]
+    (core,) = second._engine.engine_core.resources.engine_manager.processes
+    processes = [psutil.Process(core.pid), *psutil.Process(core.pid).children(recursive=True)]
+    for process in processes:
+        process.suspend()
 
-        def first_has_work() -> bool:
-            return "vllm-0" in [thread.name for thread in threading.enumerate()]
+    def first_has_work() -> bool:
+        return "vllm-0" in [thread.name for thread in threading.enumerate()]
 
-        def kill_second_once_the_first_has_no_more_to_do() -> None:
-            wait_until(first_has_work)
-            wait_until(lambda: not first_has_work())
-            kill(processes)
+    def kill_second_once_the_first_has_no_more_to_do() -> None:
+        wait_until(first_has_work)
+        wait_until(lambda: not first_has_work())
+        kill(processes)
 
-        killer = threading.Thread(target=kill_second_once_the_first_has_no_more_to_do)
-        killer.start()
-        with caplog.at_level(logging.WARNING, "pipeline"):
-            again = sampled(engine, requests, sampling)
-        killer.join()
-        (ended,) = (record.getMessage() for record in caplog.records if "of 2 ended" in record.getMessage())
-        assert re.match(r"Engine 2 of 2 ended: vLLM died, .*Its log is \S+\.log\.", ended)
-        monkeypatch.setattr(vllm_core, "start_vllm", refuse)
-        with pytest.raises(EngineError, match="no memory left"):
-            engine.update_weights(scaled_model(tmp_path / "model"))  # the second cannot take them
-        prompts = {group.prompt.prompt_id: group.prompt_ids for group in groups}
-        line = deque((one, prompts[one.prompt.prompt_id]) for one in requests)
-        after = list(first.stream(line, sampling))
+    killer = threading.Thread(target=kill_second_once_the_first_has_no_more_to_do)
+    killer.start()
+    with caplog.at_level(logging.WARNING, "pipeline"):
+        again = sampled(pair, requests, sampling)
+    killer.join()
+    (ended,) = (record.getMessage() for record in caplog.records if "of 2 ended" in record.getMessage())
+    assert re.match(r"Engine 2 of 2 ended: vLLM died, .*Its log is \S+\.log\.", ended)
+    monkeypatch.setattr(vllm_core, "start_vllm", refuse)
+    with pytest.raises(EngineError, match="no memory left"):
+        pair.update_weights(scaled_model(tmp_path / "model"))  # the second cannot take them
+    prompts = {group.prompt.prompt_id: group.prompt_ids for group in groups}
+    line = deque((one, prompts[one.prompt.prompt_id]) for one in requests)
+    after = list(first.stream(line, sampling))
     assert sum(shares) == 32
     assert min(shares) > 0  # groups that each engine was given
     assert next(second._names) > shares[1] + 1
@@ -243,19 +252,19 @@ def test_two_engines_share_the_groups_and_one_that_fails_for_good_leaves_its_own
         assert max(of.max() for of in differences(exact, found)) <= EXACT
 
 
-def test_when_a_second_engine_does_not_start_the_first_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    before, start, started = set(engine_processes()), vllm_core.start_vllm, []
-
-    def only_one(*arguments: Any) -> Any:
-        if started:
-            refuse()
-        started.append(start(*arguments))
-        return started[0]
-
-    monkeypatch.setattr(vllm_core, "start_vllm", only_one)
+def test_when_a_second_engine_does_not_start_the_first_is_ended(
+    pair: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = pair._cores[0]._engine  # starts in no time
+    (core,) = running.engine_core.resources.engine_manager.processes
+    processes = {psutil.Process(core.pid), *psutil.Process(core.pid).children(recursive=True)}
+    assert processes <= set(engine_processes())
+    starts = iter([lambda: running, refuse])
+    monkeypatch.setattr(vllm_core, "start_vllm", lambda *_: next(starts)())
+    pair._cores[0]._engine = None
     with pytest.raises(EngineError, match="no memory left"), opened(in_process=False, data_parallel=2):
         pass
-    wait_until(lambda: set(engine_processes()) <= before)
+    wait_until(lambda: not processes & set(engine_processes()))
 
 
 def test_a_model_that_vllm_cannot_read_is_one_line_with_the_reason(tmp_path: Path) -> None:
