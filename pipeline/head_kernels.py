@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -70,10 +71,12 @@ def take_in(logits: Tensor, temperature: float, greatest: Tensor, mass: Tensor, 
         greatest, mass, moment: [R], updated in place.
     """
     rows, columns = logits.shape
-    _take_in[(rows,)](
-        logits, logits.stride(0), columns, 1 / temperature, greatest, mass, moment,
-        BLOCK=BLOCK, num_warps=NUM_WARPS,
-    )  # fmt: skip
+    # Triton launches on the current device, whatever a tensor's is
+    with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
+        _take_in[(rows,)](
+            logits, logits.stride(0), columns, 1 / temperature, greatest, mass, moment,
+            BLOCK=BLOCK, num_warps=NUM_WARPS,
+        )  # fmt: skip
 
 
 def to_gradient(
@@ -98,8 +101,9 @@ def to_gradient(
         `logits`.
     """
     rows, columns = logits.shape
-    _to_gradient[(rows, triton.cdiv(columns, BLOCK))](
-        logits, logits.stride(0), columns, places, *normalizers, entropies, *pulls,
-        *(1 / temperature for temperature in temperatures), BLOCK=BLOCK, num_warps=NUM_WARPS,
-    )  # fmt: skip
+    with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
+        _to_gradient[(rows, triton.cdiv(columns, BLOCK))](
+            logits, logits.stride(0), columns, places, *normalizers, entropies, *pulls,
+            *(1 / temperature for temperature in temperatures), BLOCK=BLOCK, num_warps=NUM_WARPS,
+        )  # fmt: skip
     return logits

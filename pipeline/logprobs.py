@@ -89,6 +89,7 @@ def completion_logprobs(
     rows: Sequence[Row],
     *,
     temperature: float = 1.0,
+    entropy_temperature: float = 1.0,
     precise: bool = False,
     differentiable_entropies: bool = False,
 ) -> TokenStats:
@@ -100,7 +101,7 @@ def completion_logprobs(
 
     Args:
         precise: see `last_states`.
-        differentiable_entropies: see `token_logprobs_and_entropies`.
+        temperature, entropy_temperature, differentiable_entropies: see `token_logprobs_and_entropies`.
 
     Raises:
         FormatError: a row without prompt tokens, longer than the model's context, or with foreign ids.
@@ -119,6 +120,7 @@ def completion_logprobs(
         targets,
         lengths,
         temperature=temperature,
+        entropy_temperature=entropy_temperature,
         differentiable_entropies=differentiable_entropies,
     )
 
@@ -151,6 +153,7 @@ def head_stats(
     lengths: NDArray[np.int64],
     *,
     temperature: float = 1.0,
+    entropy_temperature: float = 1.0,
     differentiable_entropies: bool = False,
 ) -> TokenStats:
     """What the output embedding makes of [N, H] states, each of which predicts one of N targets."""
@@ -161,6 +164,7 @@ def head_stats(
         torch.as_tensor(targets.astype(np.int64), device=states.device),
         bias=getattr(head, "bias", None),
         temperature=temperature,
+        entropy_temperature=entropy_temperature,
         differentiable_entropies=differentiable_entropies,
     )
     return TokenStats(logprobs, entropies, torch.as_tensor(lengths, device=states.device))

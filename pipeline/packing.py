@@ -115,7 +115,7 @@ def _attention(
     Sequences of equal length share a call. R different lengths have Σ 1 … R tokens at least, so N tokens
     need √(2 N) calls at most. `split` rather than slices, whose gradients would be of full size each.
     """
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not dropout:
+    if not dropout and _takes_varlen(query):
         return _varlen(query, key, value, sequences, scaling), None
     heads_per_key = query.shape[1] // key.shape[1]
     if heads_per_key > 1:
@@ -128,6 +128,15 @@ def _attention(
         output = scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling)
         outputs.append(output.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)[None], None
+
+
+def _takes_varlen(query: Tensor) -> bool:
+    """Whether torch's variable-length FlashAttention takes such queries: from Ampere GPUs on."""
+    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    head_size = query.shape[-1]
+    is_ampere = torch.cuda.get_device_capability(query.device) >= (8, 0)
+    return is_ampere and head_size <= 256 and head_size % 8 == 0
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scaling: float | None) -> Tensor:

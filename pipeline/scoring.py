@@ -244,6 +244,9 @@ class _Scorer:
                     if time.monotonic() - committed > COMMIT_SECONDS:
                         self._commit(chunk, uncommitted)
                         uncommitted, committed = [], time.monotonic()
+        except ModelError:  # of a pass that gave no numbers; those before it did
+            self._commit(chunk, uncommitted)
+            raise
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -74,7 +74,7 @@ def backward_rollouts(
         ranks: each process takes its share of the forward passes; all get what came of all.
     """
     clip_losses: dict[int, float] = {}
-    counts = _counts(batch)
+    counts, has_bonus = _counts(batch), needs_entropy_gradient(config)
     loss, gap, figures = 0.0, 0.0, None
     logprobs: list[Float32] = [np.zeros(0, dtype=np.float32)] * len(batch.rows)
     for part, is_mine in ranks.share(forward_batches(model, batch.rows, config.batch_tokens, ranks.size)):
@@ -82,7 +82,9 @@ def backward_rollouts(
             model,
             [batch.rows[i] for i in part],
             temperature=temperature,
-            differentiable_entropies=needs_entropy_gradient(config),
+            # a bonus is of the policy that samples, as verl takes it
+            entropy_temperature=temperature if has_bonus else 1.0,
+            differentiable_entropies=has_bonus,
         )
         tokens = _policy_tokens(batch, part, stats, config)
         part_loss, part_figures = policy_loss(config, tokens, counts)

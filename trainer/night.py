@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -75,29 +75,35 @@ def train_on_shards(
     config = config.of_model(model_name)
     prompts = Forgotten.of(lake).without(prompts)
     experts = experts_of(lake, prompts, model_folder, config, sampling)
-    training_id = (
-        "training-"
-        + content_id(
-            run.run_id,
-            policy.weights_hash,
-            [clip.clip_id for clip in clips],
-            [prompt.prompt_id for prompt in prompts],
-            sorted(expert.rollout_id for known in experts.values() for expert in known),
-            [config.of_steps()] + [part.model_dump(mode="json") for part in (sampling, engine_config, rules)],
-        )[:16]
-    )
-    folder = lake.folder / "runs" / run.run_id / training_id
-    done = folder / "training.json"
-    sampling = sampling.model_copy(update={"group_size": config.group_size})
-    if done.is_file():
-        return _with_metrics(json.loads(done.read_text()), folder)
-    check_rollout_room(prompts, experts, config, sampling, tokenizer)
-    check_clip_room(clips, config)
-    model = load_model(model_folder, engine_config.device, engine_config.dtype)
-    if ranks.size > 1 and config.engine == "vllm":
-        raise ConfigError("train.engine = vllm samples for one process. Set it to model, or train with one.")
-    opened = _engine(config, engine_config, model, tokenizer, model_folder, folder)
-    with VerifierPool(verify) as pool, closing(opened) as engine:
+    with VerifierPool(verify) as pool, ExitStack() as opened:
+        training_id = (
+            "training-"
+            + content_id(
+                run.run_id,
+                policy.weights_hash,
+                [clip.clip_id for clip in clips],
+                [prompt.prompt_id for prompt in prompts],
+                sorted(expert.rollout_id for known in experts.values() for expert in known),
+                [config.of_steps()]
+                + [part.model_dump(mode="json") for part in (sampling, engine_config, rules)],
+                [pool.name, pool.version],
+            )[:16]
+        )
+        folder = lake.folder / "runs" / run.run_id / training_id
+        done = folder / "training.json"
+        sampling = sampling.model_copy(update={"group_size": config.group_size})
+        if done.is_file():
+            return _with_metrics(json.loads(done.read_text()), folder)
+        check_rollout_room(prompts, experts, config, sampling, tokenizer)
+        check_clip_room(clips, config)
+        model = load_model(model_folder, engine_config.device, engine_config.dtype)
+        if ranks.size > 1 and config.engine == "vllm":
+            raise ConfigError(
+                "train.engine = vllm samples for one process. Set it to model, or train with one."
+            )
+        engine = opened.enter_context(
+            closing(_engine(config, engine_config, model, tokenizer, model_folder, folder))
+        )
 
         def judge(groups: Sequence[Group]) -> list[list[Judgement]]:
             return pool.judge(

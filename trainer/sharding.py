@@ -36,7 +36,9 @@ def sharded(model: PreTrainedModel, ranks: Ranks) -> PreTrainedModel:
     learned: PreTrainedModel = deepcopy(model)
     mesh = init_device_mesh(ranks.device, (ranks.size,))
     for layer in learned.get_decoder().layers:  # type: ignore[no-untyped-call]
-        fully_shard(layer, mesh=mesh)
+        # Asked for: a layer that is wrapped by itself would stay gathered after its forward pass. Where no
+        # backward pass follows, the next forward pass would then be of the old weights.
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     return learned
 
 

@@ -15,6 +15,9 @@ from pipeline.errors import EngineBug, EngineError, PromptError
 from pipeline.prompts import prompt_messages_ids
 from pipeline.records import Group, Int32, Prompt, Sample
 
+# Sampled groups that wait to be taken; with more of them engines side by side and servers wait, too, so that
+# memory does not grow with the night, nor what a kill costs.
+BACKLOG_GROUPS = 256
 _ROUNDING = 1e-3  # nats that a float32 entropy may exceed its bound by
 
 

@@ -122,7 +122,8 @@ def _pick(weights: Tensor, uniforms: Tensor) -> Tensor:
     inside = weights.gather(1, columns.clamp(max=num_tokens - 1)).double()
     inside = inside.masked_fill(columns >= num_tokens, 0.0)
     index, _ = _position(inside, fraction)
-    return block * BLOCK + index
+    # NaN weights lead beyond the last token; whoever gets the token finds its log-probability NaN
+    return (block * BLOCK + index).clamp(max=num_tokens - 1)
 
 
 def _position(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:

@@ -79,7 +79,7 @@ class ServerEngine:
         endpoints = [Endpoint(url, self.config, self.tokenizer, self.vocabulary, client) for url in self.urls]
         jobs = [Job(one, prompt_ids) for one, prompt_ids in zip(requests, prompts, strict=True)]
         groups: SimpleQueue[Group | None] = SimpleQueue()
-        pool = Pool(jobs, endpoints, self.config, sampling, groups.put)
+        pool = Pool(jobs, endpoints, self.config, sampling, groups.put, groups.qsize)
         yield from self._in_background(pool.run(client), groups)
 
     def close(self) -> None:

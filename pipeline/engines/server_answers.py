@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal, TypeVar
 
 import httpx
@@ -11,7 +12,6 @@ from pipeline.errors import EngineError
 
 MAX_DETAIL_CHARS = 200  # of what an endpoint says, within a message of ours
 ASK_AGAIN = frozenset((408, 425, 429))  # client errors that time heals
-OF_ENDPOINT = frozenset((401, 403, 404))  # where it sampled before, its setup was changed; others may go on
 STARTING = frozenset((502, 503, 504))  # what a gateway says for a server that is not there
 
 
@@ -38,7 +38,7 @@ class Refusal(EngineError):
 
 class Card(BaseModel):
     id: str
-    max_model_len: int | None = None
+    max_model_len: Annotated[int, Field(ge=1)] | None = None
 
 
 class Models(BaseModel):
@@ -123,9 +123,10 @@ def refuse_status(url: str, path: str, response: httpx.Response) -> None:
         EndpointFault: the server's trouble; Unreachable where it is not there.
         Refusal: ours: the key, the model's name, a setting.
     """
-    code, detail = response.status_code, _detail(response)
+    code = response.status_code
     if code == 200:
         return
+    detail = _detail(response)
     # vLLM answers 400 where its own log-probs are NaN
     if not 400 <= code < 500 or code in ASK_AGAIN or "not JSON compliant" in detail:
         kind = Unreachable if code in STARTING else EndpointFault
@@ -150,11 +151,12 @@ def refuse_status(url: str, path: str, response: httpx.Response) -> None:
 
 def _detail(response: httpx.Response) -> str:
     """What the body says: vLLM's own message where there is one."""
+    body = response.content.decode("utf-8", "replace")  # whatever its headers say of it
     try:
-        said: Any = response.json()["error"]
+        said: Any = json.loads(body)["error"]
         text = said["message"] if isinstance(said, dict) else str(said)
-    except (ValueError, KeyError, TypeError):
-        text = response.text
+    except (ValueError, KeyError, TypeError, RecursionError):
+        text = body
     return _shown(" ".join(str(text).split()).rstrip("."))
 
 

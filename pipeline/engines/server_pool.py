@@ -12,7 +12,7 @@ from functools import partial
 import httpx
 
 from pipeline.config import SamplingConfig, ServerConfig
-from pipeline.engines.base import refuse_long_prompts
+from pipeline.engines.base import BACKLOG_GROUPS, refuse_long_prompts
 from pipeline.engines.server_answers import EndpointFault
 from pipeline.engines.server_endpoint import Endpoint
 from pipeline.engines.server_posts import Job, Post
@@ -36,7 +36,14 @@ class Pool:
         config: ServerConfig,
         sampling: SamplingConfig,
         deliver: Callable[[Group], None],
+        num_undelivered: Callable[[], int] = lambda: 0,
     ) -> None:
+        """
+        Args:
+            deliver: called with each group.
+            num_undelivered: how many of these still wait to be taken; with too many of them no more begin.
+        """
+        self.num_undelivered = num_undelivered
         self.jobs, self.config, self.sampling, self.deliver = jobs, config, sampling, deliver
         # a quarter: an endpoint that has sampled nothing yet does not know what is long
         self.posts = [Post(endpoint, config.timeout_seconds / 4) for endpoint in endpoints]
@@ -86,6 +93,8 @@ class Pool:
                     await self.changed.wait()
 
     def _start_one(self) -> bool:
+        if self.num_undelivered() >= BACKLOG_GROUPS:
+            return False
         free = [post for post in self.posts if post.up and len(post.running) < self.config.concurrency]
         for post in sorted(free, key=lambda post: len(post.running)):
             if job := self._next(post):
@@ -174,6 +183,7 @@ class Pool:
             try:
                 with post.faults():
                     await post.endpoint.check(first.request.prompt.text, first.prompt_ids)
+                    self._refuse_long_prompts(post.endpoint)
                 post.comes_up()
                 self.is_told = False
             except EndpointFault as fault:
@@ -187,11 +197,13 @@ class Pool:
                 f"The endpoints serve different models: {different}. "
                 f"Name the one to sample from in engine.server.model."
             )
+
+    def _refuse_long_prompts(self, endpoint: Endpoint) -> None:
         requests, prompts = [job.request for job in self.jobs], [job.prompt_ids for job in self.jobs]
         try:
-            refuse_long_prompts(requests, prompts, self.sampling, post.endpoint.context)
+            refuse_long_prompts(requests, prompts, self.sampling, endpoint.context)
         except PromptError as error:
-            raise PromptError(f"{post.endpoint.url}: {error}") from None
+            raise PromptError(f"{endpoint.url}: {error}") from None
 
     def _give_up(self) -> None:
         """Ends the pool when every endpoint failed too often and nothing is on its way that may still do."""

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 
 from pipeline.config import ServerConfig
 from pipeline.engines.base import GroupRequest
-from pipeline.engines.server_answers import OF_ENDPOINT, EndpointFault, Refusal, Unreachable
+from pipeline.engines.server_answers import EndpointFault, Refusal, Unreachable
 from pipeline.engines.server_endpoint import Endpoint
+from pipeline.errors import EngineError, PromptError
 from pipeline.records import Int32
 
 FIRST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = 0.5, 30.0
@@ -63,14 +64,15 @@ class Post:
 
     @contextmanager
     def faults(self) -> Iterator[None]:
-        """What refuses the key or the model is the user's to mend; of an endpoint that has sampled, it is a
-        fault that leaves the night to the others."""
+        """What an endpoint refuses is the user's to mend. Where it has sampled before, its setup was changed,
+        which is a fault that leaves the night to the others."""
         try:
             yield
-        except Refusal as refusal:
-            if not self.good_groups or refusal.code not in OF_ENDPOINT:
+        except (EngineError, PromptError) as error:
+            if not self.good_groups:
                 raise
-            raise EndpointFault(refusal.fault) from None
+            said = error.fault if isinstance(error, Refusal) else str(error).removeprefix(self.endpoint.url)
+            raise EndpointFault(said.strip(": .")) from None
 
     def comes_up(self) -> None:
         self.up, self.was_up, self.unreachable_since = True, True, None

@@ -136,7 +136,9 @@ class EntropyTap:
         index = None if every else torch.tensor([row for row, _, _ in rows], device=logits.device)
         ours = logits if index is None else logits[index]
         if draws:
-            uniforms = torch.tensor([tapped.noise[position] for _, tapped, position in rows])
+            # float32 would round the greatest of them to 1, which no weight lies beyond
+            values = [tapped.noise[position] for _, tapped, position in rows]
+            uniforms = torch.tensor(values, dtype=torch.float64)
             drawn = draw(ours, uniforms.to(logits.device, non_blocking=True), rule)
             where = torch.arange(len(logits), device=logits.device) if index is None else index
             logits.index_put_((where, drawn.tokens), logits.new_tensor(_CERTAIN))

@@ -11,13 +11,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 from pipeline.config import EngineConfig, SamplingConfig
-from pipeline.engines.base import GroupRequest, refuse_long_prompts, request_ids
+from pipeline.engines.base import BACKLOG_GROUPS, GroupRequest, refuse_long_prompts, request_ids
 from pipeline.engines.vllm_core import VllmCore
 from pipeline.errors import EngineError
 from pipeline.records import Group
+
+BACKLOG_SECONDS = 0.1  # how long an engine waits before it looks again whether its groups were taken
 
 log = logging.getLogger(__name__)
 
@@ -138,6 +141,8 @@ def _pull(
     try:
         for group in itertools.takewhile(lambda _: not stop.is_set(), core.stream(waiting, sampling)):
             finished.put(group)
+            while finished.qsize() >= BACKLOG_GROUPS and not stop.is_set():
+                sleep(BACKLOG_SECONDS)
     except EngineError as error:
         finished.put(_Ended(core, error))
     except BaseException as error:

@@ -49,6 +49,7 @@ class VllmCore:
         self.folder, self._index = folder, index
         self._names = itertools.count()
         self._dead_logs: list[Path] = []
+        self._is_sampling = False  # a stream is open
         self._engine: Any = self._started()  # None once it died, until it is needed again
         self.max_model_len = int(self._engine.model_config.max_model_len)
         self._vocabulary = int(self._engine.model_config.get_vocab_size())
@@ -71,6 +72,7 @@ class VllmCore:
         """
         running: dict[str, _Running] = {}  # by key; every key of a group leads to it
         restarts = 0
+        self._is_sampling = True
         try:
             while True:
                 try:
@@ -95,6 +97,7 @@ class VllmCore:
                         ) from error
                     log.warning("vLLM died (%s); starting it again.", reason(error))
         finally:
+            self._is_sampling = False
             self._give_up(waiting, running)
 
     def _feed(
@@ -208,6 +211,11 @@ class VllmCore:
 
     def update_weights(self, folder: Path) -> None:
         """See `VllmEngine.update_weights`."""
+        if self._is_sampling:
+            raise EngineError(
+                "The weights cannot be exchanged while groups are sampled, which would be of both. Take all "
+                "groups that were asked for, or close their iterator, and exchange them then."
+            )
         check_complete(folder, self.folder)  # before anything changes: the engine just goes on
         if self._engine is None:
             self._engine = self._started()

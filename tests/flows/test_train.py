@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -33,6 +34,19 @@ def test_a_training_says_its_clip_loss_and_keeps_its_rollouts_and_uses(shards, t
     with Lake.open(tmp_path / "own").reader() as reader:
         assert reader.rows("select count(*) as n from rollouts where origin = 'trainer'")[0]["n"] == 4
         assert reader.rows("select count(*) as n from clip_uses")[0]["n"] > 0
+
+
+def test_another_verifier_makes_another_training(shards, tmp_path, monkeypatch):
+    (tmp_path / "ours.py").write_text("def always(completion, prompt):\n    return 1.0\n")
+    monkeypatch.chdir(tmp_path)
+    train = ["train", str(shards), "--lake", str(tmp_path / "own"), *OPTIONS]
+    assert main(train) == 0
+    assert main([*train, "--verifier", "ours:always"]) == 0
+    folders = list((tmp_path / "own" / "runs" / "train").iterdir())
+    assert len(folders) == 2
+    rewards = [json.loads((f / "metrics.jsonl").read_text().splitlines()[0])["reward_mean"] for f in folders]
+    assert 1.0 in rewards
+    assert rewards != [1.0, 1.0]
 
 
 def test_without_shards_the_clips_are_of_the_trainings_own_rollouts(tmp_path, capfd):

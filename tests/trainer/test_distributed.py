@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,11 +17,14 @@ import pytest
 import torch
 from arith_shards import export_arith_shards
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import spawn
 
 from flows.cli import main
+from flows.processes import check_devices
 from pipeline.config import SamplingConfig, TrainConfig
 from pipeline.engines.transformers import TransformersEngine
+from pipeline.errors import ConfigError
 from pipeline.models import PROJECT, load_model, model_folder
 from pipeline.prompts import read_prompts
 from pipeline.records import Judgement
@@ -27,12 +32,14 @@ from pipeline.shards import load_clips
 from pipeline.tokenization import load_tokenizer, tokenizer_hash
 from trainer.loop import train
 from trainer.ranks import ALONE, joined_ranks
+from trainer.sharding import sharded
 
 ECHOMINE = Path(sys.executable).with_name("echomine")
 CONFIG = TrainConfig(
     optim_steps=5, prompts_per_step=4, group_size=4, clips_per_step=3, echo_source="both", echo_weight=0.1,
     lr=1e-3, batch_tokens=100, checkpoint_every=2, tensorboard=False,
 )  # fmt: skip
+PLAIN = CONFIG.model_copy(update={"echo_weight": 0.0, "echo_source": "shards", "optim_steps": 3})
 FIGURES = ("loss", "rl_loss", "echo_loss", "grad_norm", "entropy_mean", "ratio_mean", "mismatch_kl")
 # One process's losses, and what is computed of the same values: sums in another order.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -46,14 +53,14 @@ def judge(groups):
     ]
 
 
-def run(folder: Path, ranks, uses_file="uses-0.json"):
+def run(folder: Path, ranks, uses_file="uses-0.json", config=CONFIG):
     """One process's part of the training, which goes on from what lies in its folder."""
     source = model_folder("arith")
     tokenizer, model = load_tokenizer(source), load_model(source, "cpu", "float32")
     clips = load_clips(folder.parent / "shards", tokenizer_hash(tokenizer))
     uses: list[object] = []
     train(
-        model, tokenizer, TransformersEngine(model, tokenizer), read_prompts("arith", 12), clips, CONFIG,
+        model, tokenizer, TransformersEngine(model, tokenizer), read_prompts("arith", 12), clips, config,
         SamplingConfig(max_tokens=12), judge, lambda *_: None, uses.extend, folder, "training", 0,
         ranks=ranks,
     )  # fmt: skip
@@ -70,6 +77,16 @@ def process(rank: int, port: int, folder: Path, num_runs: int) -> None:
     with joined_ranks(on_cuda=False) as ranks:
         for number in range(num_runs):
             run(folder, ranks, f"uses-{number}.json")
+        run(folder.with_name("two-plain"), ranks, config=PLAIN)
+        check_that_layers_are_spread_after_use(ranks)
+
+
+def check_that_layers_are_spread_after_use(ranks) -> None:
+    model = sharded(load_model(model_folder("arith"), "cpu", "float32"), ranks)
+    with torch.no_grad():
+        model(input_ids=torch.arange(4)[None])
+    for layer in model.get_decoder().layers:
+        assert all(isinstance(param, DTensor) for param in layer.parameters())
 
 
 def run_by_two(folder: Path, num_runs: int) -> None:
@@ -89,6 +106,7 @@ def one(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
     export_arith_shards(folder / "lake", folder / "shards")
     run(folder / "one", ALONE)
+    run(folder / "one-plain", ALONE, config=PLAIN)
     return folder / "one"
 
 
@@ -116,6 +134,12 @@ def test_two_processes_give_one_processs_curve_weights_and_uses_also_after_a_res
     assert again == [use for use in uses_in(one, "uses-0.json") if use[1] == 4]
     assert not list(two.glob(".rank-*")), "only the first one's files stay"
 
+    # without a weight the clips' forward passes have no backward pass behind them
+    plain, of_one = (steps_of(one.with_name(name)) for name in ("two-plain", "one-plain"))
+    for step, expected_step in zip(plain, of_one, strict=True):
+        for name in FIGURES:
+            torch.testing.assert_close(step[name], expected_step[name], **CLOSE)
+
     run(two, ALONE, "alone.json")  # one process goes on with a state of two
     assert uses_in(two, "alone.json") == again
     torch.testing.assert_close(steps_of(two)[4]["loss"], expected[4]["loss"], **CLOSE)
@@ -139,6 +163,11 @@ def test_more_processes_than_cores_are_refused_before_anything_is_written(one, t
     assert not lake.exists()
 
 
+def test_processes_that_would_share_one_gpu_are_refused():
+    with pytest.raises(ConfigError, match=r"cuda:1 is one GPU, and --nproc 2 .* engine\.device to cuda or"):
+        check_devices(2, "cuda:1")
+
+
 def test_more_processes_of_torchruns_than_cores_are_refused_as_well(one, tmp_path, capfd, monkeypatch):
     there = len(os.sched_getaffinity(0))
     for name, value in {"LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": there + 1, "WORLD_SIZE": there + 1}.items():
@@ -153,6 +182,15 @@ def test_the_command_trains_with_two_processes_and_one_that_is_killed_ends_it_in
     done = subprocess.run(arguments(one.parent, "--nproc", 2), capture_output=True, text=True, cwd=PROJECT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("2 optimizer steps") == 1
+
+    (folder,) = (path.parent for path in (one.parent / "lake" / "runs" / "train").glob("*/training.json"))
+    (folder / "training.json").unlink()
+    (folder / ".rank-1" / "metrics.jsonl").mkdir(parents=True)  # the second process alone cannot write
+    done = subprocess.run(arguments(one.parent, "--nproc", 2), capture_output=True, text=True, cwd=PROJECT)
+    assert done.returncode == 2
+    assert re.fullmatch(r"echomine: Process 1 of 2 failed: .*metrics\.jsonl.*\n", done.stderr)
+    shutil.rmtree(folder)
+
     running = subprocess.Popen(
         arguments(one.parent, "--nproc", 2, "--optim-steps", 500),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=PROJECT,

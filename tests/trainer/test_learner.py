@@ -178,3 +178,21 @@ def test_the_entropy_bonus_reaches_the_model(model, make, objective):
     done = backward_rollouts(model, batch, config, temperature=1.0)
     assert done.loss == pytest.approx(-0.001 * done.figures.entropy_mean, rel=1e-4)
     assert largest(gradients(model)) > 0
+
+
+@pytest.mark.parametrize("objective", ["luffy", "uft"])
+def test_the_entropy_bonus_is_of_the_policy_at_the_temperature_it_samples_at(make, objective):
+    model = make.model(dtype=torch.float64)
+    group = make.group(model, "1+2=", 4, temperature=0.8)
+    config = TrainConfig(group_size=4, objective=objective)
+    batch = make.batch([group], [make.judged(1, 1, 1, 1)], config, logprobs_known=False, max_tokens=9)
+    backward_rollouts(model, batch, config, temperature=0.8)
+    ours = gradients(model)
+    entropies = []
+    for sample in group.samples:
+        ids = torch.tensor(np.concatenate((group.prompt_ids, sample.completion_ids)).astype(np.int64))
+        logits = model(ids[None]).logits[0, len(group.prompt_ids) - 1 : -1]
+        entropies.append(torch.distributions.Categorical(logits=logits / 0.8).entropy())
+    (-0.001 * torch.cat(entropies).mean()).backward()
+    for name, grad in gradients(model).items():
+        torch.testing.assert_close(ours[name], grad, rtol=1e-4, atol=1e-9)

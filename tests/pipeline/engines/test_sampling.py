@@ -83,3 +83,15 @@ def test_noise_is_a_matter_of_the_seed_alone() -> None:
     assert noise(4, 8).tolist() == noise(4, 16)[:8].tolist()
     assert noise(4, 8).tolist() != noise(5, 8).tolist()
     assert noise(2**63 - 1, 4).shape == (4,)
+
+
+@pytest.mark.parametrize("vocabulary", [100, 1000, 1024, 151_936])
+@pytest.mark.parametrize("rule", [DrawRule(), DrawRule(top_p=0.9), DrawRule(temperature=0.7, top_k=5)])
+def test_a_row_of_nan_costs_no_other_and_has_a_log_prob_that_shows_it(
+    vocabulary: int, rule: DrawRule
+) -> None:
+    logits = torch.zeros(2, vocabulary)
+    logits[0] = torch.nan
+    drawn = draw(logits, torch.tensor([0.5, 0.5], dtype=torch.float64), rule)
+    assert ((drawn.tokens >= 0) & (drawn.tokens < vocabulary)).all()
+    assert drawn.logprobs.isnan().tolist() == [True, False]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import time
@@ -16,16 +17,26 @@ from vllm_server import Answer, Relay, Spoil, free_port
 from waiting import wait_until
 
 from pipeline.config import ServerConfig
+from pipeline.engines import server_pool
+from pipeline.engines.base import GroupRequest
 from pipeline.engines.server_answers import EndpointFault
 from pipeline.engines.server_endpoint import Endpoint
 from pipeline.engines.server_posts import Post
 from pipeline.errors import EngineError
+from pipeline.records import Group
 
 pytestmark = pytest.mark.usefixtures("quick_retries")
 
 
 def _text(body: bytes) -> Spoil:
     return lambda sent, answer: setattr(answer, "body", body)
+
+
+def _of_500(body: bytes) -> Spoil:
+    def spoil(sent: dict[str, Any], answer: Answer) -> None:
+        answer.status, answer.body = 500, body
+
+    return spoil
 
 
 def _first_logprob(value: Any) -> Spoil:
@@ -38,6 +49,8 @@ FAULTS: dict[str, tuple[Spoil, str]] = {
         status(500, "EngineCore encountered an issue."),
         r"its engine died, see its log; .*--no-enable-chunked-prefill",
     ),
+    "deep JSON": (_of_500(b"[" * 100_000), r"answers 500: \[\[\["),
+    "no UTF-8": (_of_500(b"\xff\xfe out"), "answers 500: .* out"),
     "overloaded": (status(429, "too many requests"), "answers 429"),
     "not finite": (status(400, "Out of range float values are not JSON compliant: nan"), "answers 400"),
     "hangs up": (lambda sent, answer: setattr(answer, "status", 0), "disconnected"),
@@ -247,7 +260,7 @@ def test_what_only_the_user_can_mend_ends_at_once_with_the_cure(relay: Callable[
     assert strict.num_completions <= len(REQUESTS) * 2
 
 
-@pytest.mark.parametrize("code", [401, 403, 404])
+@pytest.mark.parametrize("code", [400, 401, 403, 404, 422])
 def test_a_server_that_sampled_and_then_refuses_leaves_the_rest_to_the_others(
     code: int, relay: Callable[..., Relay], expected: dict[str, list[list[int]]]
 ) -> None:
@@ -265,6 +278,55 @@ def test_a_server_that_sampled_and_then_refuses_leaves_the_rest_to_the_others(
     with pytest.raises(EngineError, match=f"it answers {code} to /v1/.*: no such model") as caught:
         list(engine(again.url, concurrency=1, max_attempts=2).generate(REQUESTS, SAMPLING))
     assert again.url in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("card", "fault"),
+    [
+        ({"id": "arith", "max_model_len": 20}, r"exceeds the model's 20"),
+        ({"id": "another"}, r"serves no model `arith`"),
+        ({"id": "arith", "max_model_len": -1}, r"its answer is no Models"),
+    ],
+)
+def test_a_server_that_comes_back_as_another_leaves_the_rest_to_the_others(
+    card: dict[str, Any],
+    fault: str,
+    relay: Callable[..., Relay],
+    expected: dict[str, list[list[int]]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def die_third(sent: dict[str, Any], answer: Answer) -> None:
+        if changed.num_completions > 2:  # a group is two
+            answer.status = 500
+            changed.others["/v1/models"] = Answer(200, json.dumps({"data": [card]}).encode())
+
+    changed = relay(die_third)
+    other = relay(lambda sent, answer: wait_until(lambda: "/v1/models" in changed.others))
+    groups = engine(changed.url, other.url, concurrency=1).generate(REQUESTS, SAMPLING)
+    assert ids_by_prompt(groups) == expected
+    alone = changed = relay(die_third)
+    with pytest.raises(EngineError, match=rf"{alone.url}: .*{fault}"):
+        list(engine(alone.url, concurrency=1, max_attempts=2).generate(REQUESTS, SAMPLING))
+
+
+def test_no_more_groups_begin_while_many_wait_to_be_taken(
+    arith_server: str, expected: dict[str, list[list[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_pool, "BACKLOG_GROUPS", 1)
+    begun: list[GroupRequest] = []
+    group = Endpoint.group
+
+    async def noted(self: Endpoint, request: GroupRequest, *rest: Any) -> Group:
+        begun.append(request)
+        return await group(self, request, *rest)
+
+    monkeypatch.setattr(Endpoint, "group", noted)
+    groups = engine(arith_server, concurrency=1).generate(REQUESTS, SAMPLING)
+    first = next(groups)
+    wait_until(lambda: len(begun) == 2)
+    time.sleep(1.0)
+    assert len(begun) == 2, "the second waits to be taken"
+    assert ids_by_prompt([first, *groups]) == expected
 
 
 def test_servers_of_different_models_are_not_mixed(relay: Callable[..., Relay]) -> None:

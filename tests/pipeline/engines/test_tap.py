@@ -50,6 +50,19 @@ def test_tokens_logprobs_and_entropies_are_kept_by_position() -> None:
     np.testing.assert_allclose(found.entropies, measure(logits)[2], atol=1e-6)
 
 
+@pytest.mark.parametrize("vocabulary", [100, 1000])
+@pytest.mark.parametrize("rule", [{"top_k": 3}, {"top_p": 0.5}])
+def test_noise_just_below_one_draws_a_token_that_may_be_drawn(
+    vocabulary: int, rule: dict[str, float]
+) -> None:
+    tap, logits = EntropyTap(), torch.full((1, vocabulary), -1.0)
+    logits[0, 3:6] = 5.0
+    tapped = tap.open(request("a", **rule))
+    tapped.noise[0] = 1 - 2**-40  # as float32 it would be 1
+    tap.apply(logits, [(0, tapped, 0)])
+    assert taken(tap, "a").tokens[0] in (3, 4, 5)
+
+
 def test_a_row_computed_again_counts_once_and_the_last_one_stands() -> None:
     tap, one = EntropyTap(), request("a")
     tapped, logits = tap.open(one), rows_of(2)

@@ -155,6 +155,16 @@ def test_weights_that_do_not_fit_are_refused_by_name_and_the_engine_keeps_its_ow
     assert ids_by_prompt(sampled(plain, requests, sampling)) == ids_by_prompt(before)
 
 
+def test_weights_are_not_exchanged_under_groups_that_run(plain: VllmEngine) -> None:
+    sampling, requests = SamplingConfig(max_tokens=32), requests_of(arith_prompts(8), group_size=4)
+    groups = plain.generate(requests, sampling)
+    first = next(groups)
+    with pytest.raises(EngineError, match="cannot be exchanged while groups are sampled"):
+        plain.update_weights(ARITH / "model")
+    check_whole([first, *groups], requests, sampling)
+    plain.update_weights(ARITH / "model")
+
+
 def test_a_model_whose_logits_are_nan_gives_one_line_and_no_group(plain: VllmEngine, tmp_path: Path) -> None:
     sampling, requests = SamplingConfig(max_tokens=8), requests_of(arith_prompts(2), group_size=2)
     plain.update_weights(nan_model(tmp_path / "model"))

@@ -154,6 +154,24 @@ def test_a_model_that_gives_no_numbers_is_named_and_nothing_of_it_is_kept(put, s
     assert scoring.num_waiting(lake, policy) == 6
 
 
+def test_rollouts_scored_before_a_pass_without_numbers_stay(put, sampled, model, policy, monkeypatch):
+    lake, passes = put(unscored(sampled)), []
+    monkeypatch.setattr(scoring, "check_head", lambda _: None)  # its pass is none of those counted here
+
+    def fail_third(_module, _given, output):
+        passes.append(output)
+        if len(passes) == 3:
+            output.last_hidden_state.fill_(torch.nan)
+
+    handle = model.get_decoder().register_forward_hook(fail_third)
+    try:
+        with pytest.raises(ModelError, match="what was scored before stays"):
+            scoring.score(lake, model, policy, batch_tokens=1)
+    finally:
+        handle.remove()
+    assert scoring.num_waiting(lake, policy) == 4
+
+
 LARGE = 33 * 2**20  # bytes: glibc never grows its heap for as much
 
 
@@ -171,9 +189,11 @@ def limit_memory(model, spare_bytes: int):
 
     def limit(*_: object) -> None:
         # What the process has freed and kept is memory beside the limit: fill it until the kernel is asked.
-        before = address_space()
-        while address_space() == before:
+        grown = 0
+        while grown < LARGE:
+            before = address_space()
             filler.append(torch.empty(LARGE, dtype=torch.uint8))
+            grown = address_space() - before
         resource.setrlimit(resource.RLIMIT_AS, (address_space() + spare_bytes, held[1]))
 
     def lift(*_: object) -> None:
