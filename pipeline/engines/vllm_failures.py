@@ -71,7 +71,8 @@ def reason_in_log(log_path: Path, error: BaseException) -> str:
         )
     found = _RAISED.findall(text)
     causes = [line for line in found if "See root cause" not in line and "EngineCore" not in line]
-    cause = _sentence(causes[-1] if causes else str(error) or repr(error))
+    told = causes[-1] if causes else str(error) or repr(error)
+    cause = _sentence(told.partition(" [type=")[0])  # pydantic goes on with the values and an address
     for pattern, cure in _MEMORY:
         if re.search(pattern, cause):
             return f"{cause} It ran out of memory: {cure}. Its log is {log_path}."

@@ -66,6 +66,8 @@ def test_what_is_no_memory_is_told_as_it_is_and_a_silent_end_as_an_end(tmp_path:
     log = tmp_path / "vllm.log"
     log.write_text(f"{CORE}ValueError: The checkpoint has no weight lm_head.\n{ECHO}")
     assert reason(EngineDead(log)) == f"ValueError: The checkpoint has no weight lm_head. Its log is {log}."
+    log.write_text(f"{CORE}ValueError: too few tokens [type=value_error, input_value=ArgsKwargs(…)]\n{ECHO}")
+    assert reason(EngineDead(log)) == f"ValueError: too few tokens. Its log is {log}."
     log.write_text("")
     assert reason(EngineDead(log)) == f"vLLM's process ended. Its log is {log}."
     assert reason(KeyError("x")) == "'x'."
