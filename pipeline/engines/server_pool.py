@@ -36,7 +36,7 @@ class Pool:
         config: ServerConfig,
         sampling: SamplingConfig,
         deliver: Callable[[Group], None],
-        num_undelivered: Callable[[], int] = lambda: 0,
+        num_undelivered: Callable[[], int],
     ) -> None:
         """
         Args:
