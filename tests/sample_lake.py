@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -48,6 +50,15 @@ class LakeBuilder:
         self.rows: list[dict[str, Any]] = []
         self.prompts: list[Prompt] = []
         self._random = np.random.default_rng(seed)
+
+    def copied(self, folder: Path) -> LakeBuilder:
+        """The same rows, and a copy of the lake in `folder`; what is added to one is not in the other."""
+        twin = copy(self)
+        shutil.copytree(self.lake.folder, folder)
+        twin.lake = Lake.open(folder)
+        twin.rows, twin.prompts = list(self.rows), list(self.prompts)
+        twin._random = deepcopy(self._random)
+        return twin
 
     def add_group(
         self,

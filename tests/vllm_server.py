@@ -130,6 +130,7 @@ class Relay:
         """Nobody listens at the port any more."""
         self.server.shutdown()
         self.server.server_close()
+        self.client.close()
 
     def _handler(relay) -> type[BaseHTTPRequestHandler]:
         class Handler(BaseHTTPRequestHandler):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import dumps
 import pytest
@@ -15,6 +16,7 @@ from flows.cli import main
 from flows.embedded import prefect_server
 
 Refused = Callable[..., str]
+ImportDump = Callable[[list[Any]], tuple[int, str, str]]
 
 
 @pytest.fixture(scope="session")
@@ -22,12 +24,7 @@ def lake(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An imported and mined lake. It is shared: tests only read it, and no mistake may change it."""
     folder = tmp_path_factory.mktemp("mined")
     dump = dumps.write_jsonl(folder / "night.jsonl", dumps.night())
-    assert (
-        main(
-            ["import", "rollouts", str(dump), "--tokenizer", str(dumps.MODEL), "--lake", str(folder / "lake")]
-        )
-        == 0
-    )
+    assert main(["import", "rollouts", str(dump), *dumps.into(folder / "lake")]) == 0
     assert main(["mine", "--lake", str(folder / "lake")]) == 0
     return folder / "lake"
 
@@ -69,5 +66,18 @@ def refused(
         assert "Traceback" not in errors
         assert contents(tmp_path, lake) == before
         return errors
+
+    return run
+
+
+@pytest.fixture
+def import_dump(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> ImportDump:
+    """Imports rows into `tmp_path / "lake"`; returns exit code, output and errors."""
+
+    def run(rows: list[Any]) -> tuple[int, str, str]:
+        dump = dumps.write_jsonl(tmp_path / "dump.jsonl", rows)
+        capfd.readouterr()
+        code = main(["import", "rollouts", str(dump), *dumps.into(tmp_path / "lake")])
+        return code, *capfd.readouterr()
 
     return run

@@ -47,3 +47,8 @@ def night() -> list[dict[str, Any]]:
 def write_jsonl(path: Path, rows: Sequence[Any]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def into(lake: Path) -> list[str]:
+    """The options of an import of these rows into a lake."""
+    return ["--tokenizer", str(MODEL), "--lake", str(lake)]

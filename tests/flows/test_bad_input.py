@@ -12,15 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from attempts import EXTENSIONS, FILES, NETWORK, WRITES
+from refusals import says
 
 from flows.cli import main
 from pipeline.engines import vllm_start
-
-
-def says(line: str, *parts: object) -> None:
-    for part in parts:
-        assert str(part) in line
-
 
 # Prompts
 
