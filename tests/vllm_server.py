@@ -141,7 +141,12 @@ class Relay:
                 self._pass_on(self.rfile.read(int(self.headers["Content-Length"])))
 
             def _pass_on(self, body: bytes) -> None:
-                answer = relay.answer(self.command, self.path, body, self.headers["Authorization"])
+                try:
+                    answer = relay.answer(self.command, self.path, body, self.headers["Authorization"])
+                except (httpx.HTTPError, RuntimeError):
+                    if relay.client.is_closed:  # it was stopped meanwhile
+                        return
+                    raise
                 if answer.status == 0:
                     return
                 with contextlib.suppress(OSError):  # the client may be gone
