@@ -21,11 +21,15 @@ def builder(traced: LakeBuilder, tmp_path: Path) -> LakeBuilder:
     return traced.copied(tmp_path / "lake")
 
 
+@pytest.fixture
+def mined(mined_once: LakeBuilder, tmp_path: Path) -> LakeBuilder:
+    """The same groups and a mining of them; nothing was refused, replaced or overturned."""
+    return mined_once.copied(tmp_path / "lake")
+
+
 @pytest.fixture(scope="session")
 def traced(tmp_path_factory: pytest.TempPathFactory) -> LakeBuilder:
-    builder = LakeBuilder(tmp_path_factory.mktemp("traced") / "lake")
-    builder.add_group(["1\n#42", "20\n30\n#42"], [1.0, 1.0])
-    name = builder.add_group([f"{WRITTEN}\n#42", "7\n8\n#42"], [1.0, 1.0], question=SECRET)
+    builder, name = _two_groups(tmp_path_factory.mktemp("traced"))
     lost = {**builder.rows[-1], "sample_index": 5, "reward": None}
     raw = {"line": json.dumps({"prompt": SECRET, "completion": WRITTEN})[:-3]}
     other = Refused("no reward", "dump:2", {"group_id": "another", "prompt": "What is 17+25?"})
@@ -36,3 +40,17 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> LakeBuilder:
     mine(lake, MiningConfig())
     overturned(lake, 2)
     return builder
+
+
+@pytest.fixture(scope="session")
+def mined_once(tmp_path_factory: pytest.TempPathFactory) -> LakeBuilder:
+    builder, _ = _two_groups(tmp_path_factory.mktemp("mined"))
+    mine(builder.commit(), MiningConfig())
+    return builder
+
+
+def _two_groups(folder: Path) -> tuple[LakeBuilder, str]:
+    """Not yet committed, and the id of the secret prompt's group."""
+    builder = LakeBuilder(folder / "lake")
+    builder.add_group(["1\n#42", "20\n30\n#42"], [1.0, 1.0])
+    return builder, builder.add_group([f"{WRITTEN}\n#42", "7\n8\n#42"], [1.0, 1.0], question=SECRET)

@@ -23,7 +23,6 @@ from pipeline.exports.shards import SHARDS
 from pipeline.exports.trl import trl
 from pipeline.forget import forget
 from pipeline.mine import mine
-from pipeline.rollouts import prompt_table, rollout_table
 from pipeline.shards import load_clips
 
 TOKENIZER = character_tokenizer()
@@ -32,11 +31,9 @@ FORMS = [SHARDS, luffy(TOKENIZER), sft(TOKENIZER), prime_rl(0.1), trl(TOKENIZER)
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
 def test_the_one_file_with_the_clip_is_named_in_every_form(
-    builder: LakeBuilder, tmp_path: Path, form: Form
+    mined: LakeBuilder, tmp_path: Path, form: Form
 ) -> None:
-    lake = LakeBuilder(tmp_path / "shared").lake
-    lake.commit({"rollouts": rollout_table(builder.rows), "prompts": prompt_table(builder.prompts)})
-    mine(lake, MiningConfig())
+    lake = mined.lake
     with lake.reader() as reader:
         order = [row["prompt_id"] for row in reader.rows("select prompt_id from clips order by clip_rank")]
     export = export_clips(lake, tmp_path / "out", form, ExportConfig(clips_per_shard=1))
@@ -47,15 +44,13 @@ def test_the_one_file_with_the_clip_is_named_in_every_form(
     ]
     assert len(json.loads((export.folder / "withdrawn.json").read_text())["forgotten"]) == 1
     if form is SHARDS:
-        assert len(load_clips(export.folder, builder.tokenizer_hash)) == 1
+        assert len(load_clips(export.folder, mined.tokenizer_hash)) == 1
     mine(lake, MiningConfig())
     assert export_clips(lake, tmp_path / "out", form, ExportConfig()).clips == 1
 
 
-def test_an_export_that_runs_meanwhile_leaves_nothing(builder: LakeBuilder, tmp_path: Path) -> None:
-    lake = LakeBuilder(tmp_path / "shared").lake
-    lake.commit({"rollouts": rollout_table(builder.rows)})
-    mine(lake, MiningConfig())
+def test_an_export_that_runs_meanwhile_leaves_nothing(mined: LakeBuilder, tmp_path: Path) -> None:
+    lake = mined.lake
 
     def rows(clips: pa.Table) -> pa.Table:
         assert clips.num_rows == 2
@@ -69,11 +64,9 @@ def test_an_export_that_runs_meanwhile_leaves_nothing(builder: LakeBuilder, tmp_
 
 
 def test_where_nothing_tells_which_clips_a_file_holds_it_may_be_all_of_the_mining(
-    builder: LakeBuilder, tmp_path: Path
+    mined: LakeBuilder, tmp_path: Path
 ) -> None:
-    lake = LakeBuilder(tmp_path / "shared").lake
-    lake.commit({"rollouts": rollout_table(builder.rows)})
-    mine(lake, MiningConfig())
+    lake = mined.lake
     unnamed, gone = (
         export_clips(lake, tmp_path / "shards", SHARDS, ExportConfig(clips_per_shard=n)).folder
         for n in (10, 20)
@@ -85,4 +78,4 @@ def test_where_nothing_tells_which_clips_a_file_holds_it_may_be_all_of_the_minin
         unnamed: (1, True),
         gone: (1, False),
     }
-    assert len(load_clips(unnamed, builder.tokenizer_hash)) == 1
+    assert len(load_clips(unnamed, mined.tokenizer_hash)) == 1
